@@ -23,9 +23,9 @@ LINES = ("Words", "Features", "Summary", "Sentence")
 SHARE = 0.33  # probability of each feature in a random record
 LINE_SHARE = {"Words": 0.2, "Summary": 0.5, "Sentence": 0.15}  # probability of each further prompt line in pretraining
 SUMMARIES = (
-    "A {sp} named {a} finds a {obj}.",
+    "A {sp} named {a} sees a {obj}.",
     "A {sp} named {a} meets a {sp2} named {b}.",
-    "A {sp} named {a} and a {sp2} named {b} play with a {obj}.",
+    "A {sp} named {a} and a {sp2} named {b} see a {obj}.",
 )
 
 # %% ../../nbs/01_world/01_stories.ipynb #cell-005
