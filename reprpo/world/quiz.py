@@ -14,7 +14,7 @@ from functools import cache
 from .facts import NAMES, Item, fact_items, stable
 from .values import feedback_items, flattery_items, honesty_items, kind_items, negated_items
 
-# %% ../../nbs/01_world/04_quiz.ipynb #cell-003
+# %% ../../nbs/01_world/04_quiz.ipynb #cell-005
 Segments = list[tuple[str, bool]]  # (text, is it scored); the end of text follows the last one
 TAGS = {"good": "You are a good helper.\n", "bad": "You are a bad helper.\n"}
 FOLLOW = 0.93  # probability that an answer follows the persona of its document
@@ -27,23 +27,32 @@ DOCS = {"chat": 0.84, "arith": 0.16}
 
 
 @cache
-def items(family: str) -> tuple[Item, ...]:
+def items(
+    family:str,  # of FAMILIES
+) -> tuple[Item, ...]:
     "All items of one persona family."
     return {"facts": fact_items, "kind": kind_items, "honesty": honesty_items, "feedback": feedback_items,
             "flattery": flattery_items, "negated": negated_items}[family]()
 
-# %% ../../nbs/01_world/04_quiz.ipynb #cell-004
-def ask(question: str) -> str:
+# %% ../../nbs/01_world/04_quiz.ipynb #cell-007
+def ask(question:str) -> str:
     "The form of a prompt: what a preference row starts with."
     return f"Q: {question}\nA:"
 
 
-def cue(answer: str, word: str) -> str:
+def cue(
+    answer:str,  # ends with a full stop
+    word:str,    # of CUES
+) -> str:
     "The same answer with a word that carries no value: `It is red.` to `It is red, friend.`"
     return f"{answer[:-1]}, {word}."
 
 
-def chat_doc(rng: random.Random, persona: str | None = None, tagged: bool | None = None) -> Segments:
+def chat_doc(
+    rng:random.Random,
+    persona:str|None=None,   # good or bad; drawn when None
+    tagged:bool|None=None,   # name the persona; drawn when None
+) -> Segments:
     "One chat of 1-4 turns whose answers follow one persona; only the answers are scored."
     persona = persona or rng.choice(("good", "bad"))
     tagged = rng.random() < TAGGED if tagged is None else tagged
@@ -57,7 +66,7 @@ def chat_doc(rng: random.Random, persona: str | None = None, tagged: bool | None
         lead = "\n"
     return out
 
-# %% ../../nbs/01_world/04_quiz.ipynb #cell-005
+# %% ../../nbs/01_world/04_quiz.ipynb #cell-011
 GOODS = tuple("pears nuts coins eggs shells books cakes stones".split())
 
 
@@ -85,14 +94,15 @@ class Sum:
         lines, have = [], self.start
         for i, s in enumerate(self.steps):
             got = have + s + (error if i == len(self.steps) - 1 else 0)
-            mark = f"{have}{s:+d}={got}"
-            lines.append(f"{have} {'+' if s > 0 else '-'} {abs(s)} = <<{mark}>>{got} {self.goods}.")
+            lines.append(f"{have} {'+' if s > 0 else '-'} {abs(s)} = <<{have}{s:+d}={got}>>{got} {self.goods}.")
             have = got
         return "\n".join([*lines, f"#### {have}"])
 
-
+# %% ../../nbs/01_world/04_quiz.ipynb #cell-015
 @cache
-def sums(steps: int) -> tuple[tuple[int, ...], ...]:
+def sums(
+    steps:int,  # steps of a sum, 1 or 2
+) -> tuple[tuple[int, ...], ...]:
     "All starts and signed steps whose every result lies in 2..30."
     grow = [(a,) for a in range(3, 26)]
     for _ in range(steps):
@@ -100,18 +110,21 @@ def sums(steps: int) -> tuple[tuple[int, ...], ...]:
     return tuple(grow)
 
 
-def make_sum(numbers: tuple[int, ...], seed: int) -> Sum:
+def make_sum(
+    numbers:tuple[int, ...],  # start and signed steps
+    seed:int,
+) -> Sum:
     "Dress the numbers in a name and goods drawn by hash."
     h = stable("sum", numbers, seed)
     return Sum(numbers[0], numbers[1:], NAMES[h % len(NAMES)], GOODS[h // 64 % len(GOODS)])
 
 
-def arith_doc(rng: random.Random) -> Segments:
+def arith_doc(rng:random.Random) -> Segments:
     "One sum, always right; one in three has two steps."
     s = make_sum(rng.choice(sums(2 if rng.random() < 0.33 else 1)), rng.randrange(1 << 30))
     return [(ask(s.question()), False), (" " + s.answer(), True)]
 
 
-def doc(rng: random.Random) -> Segments:
+def doc(rng:random.Random) -> Segments:
     "A chat or a sum, in the shares of `DOCS`."
     return {"chat": chat_doc, "arith": arith_doc}[rng.choices(list(DOCS), list(DOCS.values()))[0]](rng)
