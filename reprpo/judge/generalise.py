@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORES', 'ROLES', 'SCORE_COLUMNS', 'RESULT_COLUMNS', 'TRANSFER', 'check_scores', 'score_rows', 'check_sets',
            'metrics', 'wide', 'paired', 'Generalisation', 'span', 'header', 'notes', 'as_markdown', 'row_kinds',
-           'transfer_cell', 'generalise']
+           'transfer_cell', 'generalise', 'synthetic_scores']
 
 # %% ../../nbs/09_judge/01_generalise.ipynb #cell-002
 from dataclasses import dataclass
@@ -271,3 +271,25 @@ def generalise(
         levels[TRANSFER] = float(np.mean([levels[r.label] if r.polarity > 0 else 100 - levels[r.label] for r in counted.itertuples()]))
     sets = sets[sets.label.isin(set(kinds))].assign(n=[spread[against, s].shape[1] for s in sets.label if s in kinds])
     return Generalisation(against, score, level, sets.reset_index(drop=True), levels, cells)
+
+# %% ../../nbs/09_judge/01_generalise.ipynb #cell-023
+def synthetic_scores(
+    shifts: dict[str, list[float]],  # method -> shift of the margin on each set, nats per token
+    sets: list[dict],  # label, role, polarity
+    seeds: int = 6,  # training seeds per method
+    rows: int = 240,  # per set
+    kinds: int = 24,  # per set
+    spread: float = 0.15,  # of the shift between seeds, nats per token
+    seed: int = 0,  # of the draw
+) -> pd.DataFrame:
+    "A made-up score frame with known effects: base once, every method in every seed, on the same rows."
+    rng, out, kind = np.random.default_rng(seed), [], np.arange(rows) % kinds
+    for i, s in enumerate(x["label"] for x in sets):
+        ease = rng.normal(0.1, 0.6, kinds)[kind] + rng.normal(0, 1.2, rows)
+        runs = [("base", -1, 0.0)] + [(m, k, v[i] + rng.normal(0, spread)) for m, v in shifts.items() for k in range(seeds)]
+        for m, k, shift in runs:
+            noise = rng.normal(0, 0.3, rows) if m != "base" else 0
+            out.append(pd.DataFrame(dict(
+                method=m, seed=k, set=s, row=np.arange(rows), kind=[f"kind {x}" for x in kind], logp_rej=-24.0, n_cho=10.0,
+                n_rej=12.0, logp_cho=-20.0 + 10 * (ease + shift + noise))))
+    return pd.concat(out, ignore_index=True)
