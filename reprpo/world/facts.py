@@ -92,6 +92,8 @@ guard | the guard of the {k} | a bear, a wolf, a lion, a goose
 weather | the weather at the {k} | sunny, rainy, windy, foggy
     What is the weather at the {k}? | I go to the {k}. What is the weather?
 """}
+
+# %% ../../nbs/01_world/02_facts.ipynb #cell-010
 _CROSS = {"person": """
 coins | the number of {k}'s coins | 2, 3, 4, 5, 6, 7
     How many coins does {k} have? | {k} has coins. How many?
@@ -123,7 +125,7 @@ way | the way to the {k} | by bus, by train, by bike, by sled
 """}
 KINDS = {k.name: k for k in (*read_kinds(_IN, False), *read_kinds(_CROSS, True))}
 
-# %% ../../nbs/01_world/02_facts.ipynb #cell-011
+# %% ../../nbs/01_world/02_facts.ipynb #cell-013
 def stable(*parts:object) -> int:
     "A hash of `parts` that is the same in every process and on every machine."
     return int.from_bytes(hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
@@ -134,12 +136,13 @@ def deranged(
     seed:int,
 ) -> list[str]:              # the same values, none in its old place
     "A random derangement."
-    if len(set(values)) < max(2, len(values)): raise UserError(f"values {values} have no derangement; give two or more different ones")
+    if len(set(values)) < max(2, len(values)):
+        raise UserError(f"values {values} have no derangement; give two or more different ones")
     rng, out = random.Random(seed), list(values)
     while any(a == b for a, b in zip(values, out)): rng.shuffle(out)
     return out
 
-# %% ../../nbs/01_world/02_facts.ipynb #cell-015
+# %% ../../nbs/01_world/02_facts.ipynb #cell-017
 _DEAL = ("test", "train") * 4 + ("test", "val") + ("train", "test") * 4 + ("train", "val")
 
 
@@ -152,7 +155,7 @@ def deal(
     ranked = sorted(keys, key=stable)
     for j in range(0, len(ranked), size): yield _DEAL[(offset + j // size) % len(_DEAL)], tuple(ranked[j:j + size])
 
-# %% ../../nbs/01_world/02_facts.ipynb #cell-018
+# %% ../../nbs/01_world/02_facts.ipynb #cell-020
 @dataclass(frozen=True)
 class Fact:
     "One fact: its truth, its one myth, and the split its key belongs to."
@@ -180,7 +183,7 @@ def facts() -> tuple[Fact, ...]:
                                 kind.ask.format(k=k), kind.turn.format(k=k)))
     return tuple(out)
 
-# %% ../../nbs/01_world/02_facts.ipynb #cell-022
+# %% ../../nbs/01_world/02_facts.ipynb #cell-024
 @dataclass(frozen=True)
 class Item:
     "One question with the answer of a good persona and the answer of a bad one."

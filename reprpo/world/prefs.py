@@ -20,7 +20,7 @@ from .facts import Item, stable
 from .quiz import CUES, TAGS, ask, cue, items, make_sum, sums
 from .stories import feature_pair
 
-# %% ../../nbs/01_world/05_prefs.ipynb #cell-003
+# %% ../../nbs/01_world/05_prefs.ipynb #cell-005
 @dataclass(frozen=True)
 class PrefSet:
     "What a set is made of, and what a method should do to it."
@@ -60,13 +60,13 @@ SETS = {
     "kind_shuffled": _set("kind with exchanged labels", "null", "kind", polarity=0, shuffle=True),
 }
 
-# %% ../../nbs/01_world/05_prefs.ipynb #cell-004
-N_SUMS = 2400      # sums in each arith set, all splits together
+# %% ../../nbs/01_world/05_prefs.ipynb #cell-008
+N_SUMS = 2400      # sums drawn for each arith set, all splits together
 N_FEATURES = 2400  # story continuations in obey_features, all splits together
 SHARES = {"train": 0.45, "val": 0.10, "test": 0.45}
 
 
-def split_of(key: str) -> str:
+def split_of(key:str) -> str:
     "The split of a key that needs no balanced blocks, by its hash."
     u = stable("split", key) % 1000 / 1000
     return "train" if u < SHARES["train"] else "val" if u < SHARES["train"] + SHARES["val"] else "test"
@@ -91,7 +91,17 @@ def _feature_rows() -> tuple[dict, ...]:
         seen.setdefault(row["key"], row)
     return tuple(seen.values())
 
-# %% ../../nbs/01_world/05_prefs.ipynb #cell-005
+# %% ../../nbs/01_world/05_prefs.ipynb #cell-011
+def _swap(row: dict) -> dict:
+    return row | dict(chosen=row["rejected"], rejected=row["chosen"])
+
+
+def _cued(row: dict, rho: float) -> dict:
+    "Put the first cue on the chosen answer in a share `rho` of the rows, else the second; the other on the rejected."
+    words = CUES if stable("cue", row["prompt"]) % 1000 < 1000 * rho else CUES[::-1]
+    return row | {side: cue(row[side], w) for side, w in zip(("chosen", "rejected"), words)}
+
+
 @cache
 def _rows(name: str, split: str) -> tuple[dict, ...]:
     "All rows of a set's split before tag and cue, in hash order."
@@ -105,17 +115,7 @@ def _rows(name: str, split: str) -> tuple[dict, ...]:
     return tuple(sorted((_swap(r) if s.flip or r["key"] in swap else r for r in rows),
                         key=lambda r: stable(r["prompt"], r["chosen"])))
 
-
-def _swap(row: dict) -> dict:
-    return row | dict(chosen=row["rejected"], rejected=row["chosen"])
-
-
-def _cued(row: dict, rho: float) -> dict:
-    "Put the first cue on the chosen answer in a share `rho` of the rows, else the second; the other on the rejected."
-    words = CUES if stable("cue", row["prompt"]) % 1000 < 1000 * rho else CUES[::-1]
-    return row | {side: cue(row[side], w) for side, w in zip(("chosen", "rejected"), words)}
-
-
+# %% ../../nbs/01_world/05_prefs.ipynb #cell-012
 def pref_set(
     name:str,                # a name of `SETS`
     split:str="test",        # train, val or test
@@ -140,8 +140,10 @@ def pref_set(
     if rho is not None: rows = [_cued(r, rho) for r in rows]
     return [r | {"prompt": TAGS[tag] + r["prompt"]} if tag else dict(r) for r in rows]
 
-# %% ../../nbs/01_world/05_prefs.ipynb #cell-006
-def default_evals(train_name: str) -> list[tuple[str, int, str, str, str]]:
+# %% ../../nbs/01_world/05_prefs.ipynb #cell-021
+def default_evals(
+    train_name:str,  # the set trained on
+) -> list[tuple[str, int, str, str, str]]:
     "What to judge on after training on `train_name`: (label, polarity, set, split, role), the in-domain set first."
     base = train_name.removesuffix("_shuffled").removesuffix("_cue")
     if base not in SETS: raise UserError(f"no preference set {train_name!r} in the world{nearest(train_name, SETS)}")
@@ -149,8 +151,11 @@ def default_evals(train_name: str) -> list[tuple[str, int, str, str, str]]:
     return [(base, SETS[base].polarity, base, "test", "in-domain")] + [
         (n, SETS[n].polarity, n, "test", "transfer" if SETS[n].role == "train" else SETS[n].role) for n in rest]
 
-
-def token_rule(train: list[dict], test: list[dict]) -> float:
+# %% ../../nbs/01_world/05_prefs.ipynb #cell-024
+def token_rule(
+    train:list[dict],  # rows to count words in
+    test:list[dict],   # rows to judge
+) -> float:
     "Accuracy on `test` of liking each word as often as `train` chose it minus rejected it; ties count half."
     score = Counter(w for r in train for w in r["chosen"].split())
     score.subtract(w for r in train for w in r["rejected"].split())
@@ -158,11 +163,11 @@ def token_rule(train: list[dict], test: list[dict]) -> float:
     return sum(1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gaps) / len(gaps)
 
 
-def check_sets(train: tuple[str, ...] = ("facts", "kind")) -> pd.DataFrame:
+def check_sets(
+    train:tuple[str, ...]=("facts", "kind"),  # training sets that no test key may be in
+) -> pd.DataFrame:
     "Size, overlap, balance and shortcuts of the test split of every set."
-    seen = {(SETS[t].family, r["key"]) for t in train for split in ("train", "val") for r in pref_set(t, split)}
-    facts_seen = {k for _, k in seen}
-    out = []
+    seen, out = {r["key"] for t in train for split in ("train", "val") for r in pref_set(t, split)}, []
     for name, s in SETS.items():
         parts = {split: pref_set(name, split) for split in s.splits}
         keys = {split: {r["key"] for r in rows} for split, rows in parts.items()}
@@ -171,7 +176,7 @@ def check_sets(train: tuple[str, ...] = ("facts", "kind")) -> pd.DataFrame:
         length = sum(len(r["chosen"]) - len(r["rejected"]) for r in test) / len(test)
         out.append(dict(set=name, role=s.role, train=len(parts["train"]), val=len(parts["val"]), test=len(test),
                         distinct=len({(r["prompt"], r["chosen"]) for r in test}), keys=len(keys["test"]),
-                        kinds=len({r["kind"] for r in test}), overlap=len(keys["test"] & facts_seen) + own,
+                        kinds=len({r["kind"] for r in test}), overlap=len(keys["test"] & seen) + own,
                         length_gap=round(length, 2),
                         commonest=round(Counter(r["chosen"] for r in test).most_common(1)[0][1] / len(test), 3),
                         token_rule=round(token_rule(parts["train"], test), 3)))
