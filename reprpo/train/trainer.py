@@ -88,10 +88,10 @@ def reference_cache(
     config:TrainConfig,   # reference, steps, batch_size, layout
     sites=(),             # to store
 ) -> ReferenceCache|None: # filled; None: the reference runs live
-    "Store the reference's states, unless the run will look at far fewer pairs than there are."
+    "Store the reference's states, unless the run will look at far fewer pairs than there are, or rounds to bf16, where both passes must round alike."
     cache = ReferenceCache(model, token_set, sites, method.reduce)
-    few = 4 * config.steps * config.batch_size < len(token_set)
-    if config.reference == "live" or (config.reference == "auto" and few and cache.missing()): return None
+    few = 4 * config.steps * config.batch_size < len(token_set) and cache.missing()
+    if config.reference == "live" or (config.reference == "auto" and (few or config.precision == "bf16")): return None
     cache.fill(max(config.batch_size, 32), config.layout, progress=False)
     return cache
 
@@ -205,6 +205,7 @@ def train(
             args = training_arguments(config, folder / "checkpoints", batch.device)
             trainer = PairTrainer(peft, args, method, config, token_set, pad_id(tokenizer), sites, cache, bar, folder / "metrics.jsonl")
             trainer.train(resume_from_checkpoint=str(point) if point else None)
+            trainer.accelerator.unwrap_model(peft, keep_fp32_wrapper=False) # takes autocast off again
             weights, lora = adapter_weights(peft), peft.peft_config["default"]
             finish(peft, batch, checksum, folder / "adapter")
         finally:
