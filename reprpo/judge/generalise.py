@@ -211,9 +211,11 @@ def notes(
 
 def as_markdown(
     table: pd.DataFrame,  # text cells
+    left: int = 0,  # columns beside the index that hold text, not numbers
 ) -> str:
     "A markdown table; bars inside labels are escaped."
-    lines = [["", *table.columns], ["---"] + ["---:"] * table.shape[1], *([i, *row] for i, row in zip(table.index, table.values))]
+    rule = ["---"] * (1 + left) + ["---:"] * (table.shape[1] - left)
+    lines = [["", *table.columns], rule, *([i, *row] for i, row in zip(table.index, table.values))]
     return "\n".join("| " + " | ".join(str(x).replace("|", "\\|") for x in line) + " |" for line in lines)
 
 # %% ../../nbs/09_judge/01_generalise.ipynb #cell-021
@@ -238,7 +240,7 @@ def transfer_cell(
     groups = np.repeat(np.arange(len(parts)), [d.shape[1] for d, _, _ in parts])
     return crossed_interval(values, np.concatenate([k for _, k, _ in parts]), groups, **options)
 
-
+# %% ../../nbs/09_judge/01_generalise.ipynb #cell-022
 def generalise(
     frame: pd.DataFrame,  # score frame, base included
     sets: pd.DataFrame | list,  # table of sets: label, role, polarity
@@ -272,7 +274,7 @@ def generalise(
     sets = sets[sets.label.isin(set(kinds))].assign(n=[spread[against, s].shape[1] for s in sets.label if s in kinds])
     return Generalisation(against, score, level, sets.reset_index(drop=True), levels, cells)
 
-# %% ../../nbs/09_judge/01_generalise.ipynb #cell-023
+# %% ../../nbs/09_judge/01_generalise.ipynb #cell-024
 def synthetic_scores(
     shifts: dict[str, list[float]],  # method -> shift of the margin on each set, nats per token
     sets: list[dict],  # label, role, polarity

@@ -102,7 +102,7 @@ def markdown_report(
     "The tables for a README or an issue."
     parts = [f"**Question.** {question}"] if question else []
     for g in tables:
-        parts += [f"### Against {g.against}", header(g), as_markdown(layout(g).set_index("role"))]
+        parts += [f"### Against {g.against}", header(g), as_markdown(layout(g).set_index("role"), left=1)]
     return "\n\n".join(parts + [f"*{note}*" for note in dict.fromkeys(n for g in tables for n in notes(g))]) + "\n"
 
 # %% ../../nbs/09_judge/03_report.ipynb #cell-020
@@ -149,7 +149,7 @@ body.judge { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background
   padding: .6rem .8rem; font-size: .85rem; }
 """
 
-
+# %% ../../nbs/09_judge/03_report.ipynb #cell-024
 def html_table(
     g: Generalisation,
 ) -> str:
@@ -184,7 +184,7 @@ def html_example(
     drawn = example._repr_html_() if hasattr(example, "_repr_html_") else f"<pre>{escape(str(example))}</pre>"
     return f'<h3>{escape(label)}</h3>\n<div class="wide">{drawn}</div>'
 
-# %% ../../nbs/09_judge/03_report.ipynb #cell-025
+# %% ../../nbs/09_judge/03_report.ipynb #cell-026
 def html_report(
     tables: list[Generalisation],  # against base, against DPO
     question: str = "",  # what the comparison was made to answer
@@ -208,7 +208,7 @@ def html_report(
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n<body class="judge">\n'
             + "\n".join(filter(None, parts)) + "\n</body></html>\n")
 
-# %% ../../nbs/09_judge/03_report.ipynb #cell-033
+# %% ../../nbs/09_judge/03_report.ipynb #cell-034
 def compare_tables(
     frame: pd.DataFrame,  # score frame
     sets,  # table of sets
