@@ -257,22 +257,24 @@ def generalise(
         raise UserError(f"no scores of '{against}' to compare with{nearest(against, names)}")
     pieces = {k: g for k, g in rows.groupby(["method", "set"], sort=False)}
     spread = {k: 100 * wide(g) for k, g in pieces.items()}
-    kinds = {s: row_kinds(pieces[against, s], spread[against, s].columns) for s in sets.label if (against, s) in spread}
+    lacking = [s for s in sets.label if (against, s) not in spread]
+    if lacking:
+        raise UserError(f"{against} was not scored on set '{lacking[0]}'; score it there or leave the set out")
+    kinds = {s: row_kinds(pieces[against, s], spread[against, s].columns) for s in sets.label}
     options, cells = dict(level=level, n_boot=n_boot, seed=seed), {}
     counted = sets[(sets.role == "transfer") & (sets.polarity != 0)]
     for m in (m for m in names if m not in ("base", against)):
         gaps = {s: paired(spread[m, s], spread[against, s], against == "base", f"{m} against {against}, set {s}")
-                for s in sets.label if (m, s) in spread and s in kinds}
+                for s in sets.label if (m, s) in spread}
         cells |= {(m, s): crossed_interval(d.to_numpy(), kinds[s], **options) for s, d in gaps.items()}
         if len(counted) and all(s in gaps for s in counted.label):
             cells[m, TRANSFER] = transfer_cell([(gaps[r.label], kinds[r.label], r.polarity) for r in counted.itertuples()], **options)
     if not cells:
         raise UserError(f"only {against} was scored; nothing to compare with it")
     levels = {s: float(spread[against, s].to_numpy().mean()) for s in kinds}
-    if len(counted) and all(s in levels for s in counted.label):
+    if len(counted):
         levels[TRANSFER] = float(np.mean([levels[r.label] if r.polarity > 0 else 100 - levels[r.label] for r in counted.itertuples()]))
-    sets = sets[sets.label.isin(set(kinds))].assign(n=[spread[against, s].shape[1] for s in sets.label if s in kinds])
-    return Generalisation(against, score, level, sets.reset_index(drop=True), levels, cells)
+    return Generalisation(against, score, level, sets.assign(n=[len(kinds[s]) for s in sets.label]), levels, cells)
 
 # %% ../../nbs/09_judge/01_generalise.ipynb #cell-024
 def synthetic_scores(

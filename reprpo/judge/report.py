@@ -80,7 +80,7 @@ def text_table(
 ) -> str:
     "The comparison for a terminal: header line, blocks of methods, notes."
     body = layout(g)
-    size = {c: max(map(len, body[c])) for c in body}
+    size = {c: max(3 if c == "set" else 1, *map(len, body[c])) for c in body}
     for m in g.methods:
         size[m] = max(size[m], min(len(m), 16))
     first = ["role", "set", g.against]
