@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..errors import UserError
 from ..io import cache_root, content_hash
@@ -68,6 +68,11 @@ def _check_finite(name:str, x:Tensor) -> None:
     "Stop at the first row whose value is not a number."
     bad = (~x.isfinite().reshape(len(x), -1).all(-1)).nonzero()
     if len(bad): raise UserError(f"the reference gives a non-finite value at {name}, row {bad[0].item()} of the token set; score it in float32, or drop the row")
+
+def _put(whole:States, rows:Tensor, part:States) -> None:
+    "Write the pairs of `part` into their rows of `whole`, in place."
+    for name in LOGPS: getattr(whole, name)[rows] = getattr(part, name)
+    for site in whole.sites: whole.cho[site][rows], whole.rej[site][rows] = part.cho[site], part.rej[site]
 
 # %% ../../nbs/03_states/05_cache.ipynb #cell-006
 class ReferenceCache:
@@ -127,7 +132,7 @@ class ReferenceCache:
             for batch in tqdm(work, total=-(-len(self)//batch_size), desc="reference", disable=not progress, leave=False):
                 part = forward_states(self.model, batch.to(device), todo, self.reduce, self.transform).to("cpu")
                 if full is None: full = part.map(lambda x: torch.empty(len(self), *x.shape[1:]))
-                full.put(batch.rows, part)
+                _put(full, batch.rows, part)
         for site in full.sites:
             both = {"cho": full.cho[site], "rej": full.rej[site]}
             for name, x in both.items(): _check_finite(f"{site} ({name})", x)

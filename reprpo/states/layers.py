@@ -9,11 +9,11 @@ __all__ = ['layer_index', 'parse_layers', 'describe_layers']
 import re
 from collections.abc import Iterable
 from decimal import ROUND_FLOOR, Decimal
-from numbers import Integral, Real
+from numbers import Real
 
 from ..errors import UserError
 
-# %% ../../nbs/03_states/00_layers.ipynb #cell-003
+# %% ../../nbs/03_states/00_layers.ipynb #cell-005
 def layer_index(
     number:int|float|str, # 7 counts from the start, -2 from the end, 0.3 is a share of the depth, "N" the last
     n_layers:int,         # N, the number of blocks
@@ -21,19 +21,19 @@ def layer_index(
     "The layer that one number names."
     text = str(number).strip()
     if text == "N": return n_layers
-    whole, fraction = re.fullmatch(r"[+-]?\d+", text), re.fullmatch(r"[+-]?\d*\.\d+", text)
-    if not (whole or fraction) or isinstance(number, bool):
+    whole, share = re.fullmatch(r"[+-]?\d+", text), re.fullmatch(r"[+-]?\d*\.\d+", text)
+    if not (whole or share):
         raise UserError(f"layers: '{text}' is not a layer; write a whole number (7), one from the end (-2), a share of the depth (0.3) or N")
     value = Decimal(text)
-    if fraction and not 0 < abs(value) < 1:
+    if share and not 0 < abs(value) < 1:
         raise UserError(f"layers: {text} is neither a whole number nor a share of the depth between 0 and 1; write {int(value)} or N")
-    k = int((value*n_layers).to_integral_value(ROUND_FLOOR)) if fraction else int(value)
+    k = int((value*n_layers).to_integral_value(ROUND_FLOOR)) if share else int(value)
     if value < 0: k += n_layers
     if not 0 <= k <= n_layers:
         raise UserError(f"layers: {text} is layer {k} of a model with {n_layers} blocks; it must lie between 0 and {n_layers}")
     return k
 
-# %% ../../nbs/03_states/00_layers.ipynb #cell-004
+# %% ../../nbs/03_states/00_layers.ipynb #cell-009
 def _span(text:str, n_layers:int) -> range:
     "The layers of `range(start,stop[,step])`; only start and stop are layers."
     args = [a.strip() for a in text[len("range("):-1].split(",")]
@@ -45,14 +45,13 @@ def _span(text:str, n_layers:int) -> range:
 def _items(spec, n_layers:int) -> Iterable[int]:
     "The layers that `spec` names, in its order, with repeats."
     if isinstance(spec, str):
-        for item in re.findall(r"range\([^)]*\)|[^,]+", spec):
-            item = item.strip()
-            yield from _span(item, n_layers) if item.startswith("range(") and item.endswith(")") else [layer_index(item, n_layers)]
+        for item in map(str.strip, re.findall(r"range\([^)]*\)|[^,]+", spec)):
+            yield from _span(item, n_layers) if re.fullmatch(r"range\(.*\)", item) else [layer_index(item, n_layers)]
     elif isinstance(spec, slice):
         start = 0 if spec.start is None else layer_index(spec.start, n_layers)
         stop = n_layers + 1 if spec.stop is None else layer_index(spec.stop, n_layers)
         yield from range(start, stop, 1 if spec.step is None else spec.step)
-    elif isinstance(spec, (Integral, Real)): yield layer_index(spec, n_layers)
+    elif isinstance(spec, Real): yield layer_index(spec, n_layers)
     elif isinstance(spec, Iterable):
         for item in spec: yield from _items(item, n_layers)
     else: raise UserError(f"layers: a {type(spec).__name__} does not name layers; give a string, a number, a list, a range or a slice")
@@ -66,7 +65,7 @@ def parse_layers(
     if not layers: raise UserError(f"layers: '{spec}' names no layer of a model with {n_layers} blocks")
     return layers
 
-# %% ../../nbs/03_states/00_layers.ipynb #cell-005
+# %% ../../nbs/03_states/00_layers.ipynb #cell-015
 def _name(k:int, n_layers:int) -> str:
     return {0: "0 (embeddings)", n_layers: f"{n_layers} (last block, before the final norm)"}.get(k, str(k))
 

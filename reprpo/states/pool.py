@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from ..errors import UserError, nearest
+from ..errors import unknown
 
-# %% ../../nbs/03_states/02_pool.ipynb #cell-003
+# %% ../../nbs/03_states/02_pool.ipynb #cell-005
 @dataclass(frozen=True)
 class States:
     "What a loss may see of a batch of pairs: pooled states at each site, and log-probabilities of the two answers."
@@ -60,11 +60,6 @@ class States:
         "The pairs at `rows` (indices, a slice or a mask)."
         return self.map(lambda x: x[rows])
 
-    def put(self, rows, part:"States") -> None:
-        "Write the pairs of `part` into `rows`, in place."
-        for name in ("logp_cho", "logp_rej", "n_cho", "n_rej"): getattr(self, name)[rows] = getattr(part, name)
-        for site in self.sites: self.cho[site][rows], self.rej[site][rows] = part.cho[site], part.rej[site]
-
     def swap(self) -> "States":
         "Chosen and rejected exchanged."
         return States(self.rej, self.cho, self.logp_rej, self.logp_cho, self.n_rej, self.n_cho)
@@ -73,11 +68,14 @@ class States:
         "The same with only these sites."
         return replace(self, cho={s: self.cho[s] for s in sites}, rej={s: self.rej[s] for s in sites})
 
-# %% ../../nbs/03_states/02_pool.ipynb #cell-004
+# %% ../../nbs/03_states/02_pool.ipynb #cell-007
 REDUCES = ("mean", "last", "exp", "sum", "mean_unit")
 
-def count_tokens(owner:Integer[Tensor, "n"], b:int) -> Float[Tensor, "c"]:
-    "Scored tokens of each of the 2b answers."
+def count_tokens(
+    owner:Integer[Tensor, "n"], # the answer that each scored token belongs to
+    b:int,                      # pairs in the batch
+) -> Float[Tensor, "c"]:        # of each of the 2b answers
+    "Scored tokens of each answer."
     return torch.zeros(2*b, device=owner.device).index_add_(0, owner, torch.ones_like(owner, dtype=torch.float32))
 
 def token_weights(
@@ -87,19 +85,21 @@ def token_weights(
     tau:float=50.0,             # tokens after which the weight of `exp` has fallen to 1/e
 ) -> Float[Tensor, "n"]:        # each answer's weights sum to 1 (to its length for sum)
     "How much each scored token counts in its answer's vector."
-    if reduce not in REDUCES: raise UserError(f"unknown reduce '{reduce}'{nearest(reduce, REDUCES)}")
-    counts = count_tokens(owner, b)
+    if reduce not in REDUCES: raise unknown("reduce", reduce, REDUCES)
     if reduce == "sum": return torch.ones_like(owner, dtype=torch.float32)
+    counts = count_tokens(owner, b)
     if reduce in ("mean", "mean_unit"): return (1/counts)[owner]
-    end = counts.cumsum(0)
-    place = torch.arange(len(owner), device=owner.device)
+    end, place = counts.cumsum(0), torch.arange(len(owner), device=owner.device)
     if reduce == "last": return (place == end[owner] - 1).float()
     raw = torch.exp(-(place - (end - counts)[owner] + 1)/tau)
     return raw/torch.zeros_like(counts).index_add_(0, owner, raw)[owner]
 
-# %% ../../nbs/03_states/02_pool.ipynb #cell-005
-def scored(x:Float[Tensor, "r t h"], batch) -> Float[Tensor, "n h"]:
-    "The states of the scored tokens, in fp32."
+# %% ../../nbs/03_states/02_pool.ipynb #cell-010
+def scored(
+    x:Float[Tensor, "r t h"], # a site's states, any dtype
+    batch,                    # the `PairBatch` they come from
+) -> Float[Tensor, "n h"]:    # fp32
+    "The states of the scored tokens."
     return x[batch.tok_row, batch.tok_pos].float()
 
 def pool_tokens(
@@ -109,7 +109,7 @@ def pool_tokens(
     reduce:str="mean",          # how tokens become one vector
 ) -> Float[Tensor, "c h"]:      # one vector for each of the 2b answers, chosen first
     "Reduce each answer's tokens to one vector."
-    if reduce == "mean_unit": x = x/x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    if reduce == "mean_unit": x = torch.nn.functional.normalize(x, dim=-1)
     weighted = x*token_weights(owner, b, reduce)[:, None]
     return torch.zeros(2*b, x.shape[-1], device=x.device).index_add(0, owner, weighted)
 
