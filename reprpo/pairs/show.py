@@ -39,7 +39,7 @@ def token_texts(
     return [read([*anchor, i])[n:] for i in ids]
 
 # %% ../../nbs/02_pairs/04_show.ipynb #cell-007
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rendering:
     "Tokens with their roles: HTML in a notebook, colours in a terminal, bars between tokens as plain text."
     lines: list[tuple[str, list[tuple[str, str]]]]  # (heading, [(text, role)]); EOS of an answer has the role "chosen+EOS"
@@ -58,7 +58,7 @@ class Rendering:
             return f"\x1b[{_ANSI[side]}{';' + _ANSI['EOS'] if end else ''}m{visible(text)}\x1b[0m"
         return "\n".join(f"{head:>9}  " + "".join(paint(*t) for t in tokens) for head, tokens in self.lines)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "\n".join(f"{head:>9}  " + "|".join(visible(t) for t, _ in tokens) for head, tokens in self.lines)
 
 def _span(text:str, role:str) -> str:

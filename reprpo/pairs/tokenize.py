@@ -188,7 +188,8 @@ def tokenize_pairs(
     "Token ids of all pairs that fit, with a report on those that did not."
     if on_truncate not in ("drop", "error", "truncate"): raise unknown("on_truncate", on_truncate, ("drop", "error", "truncate"))
     check_tokenizer(tokenizer)
-    max_length, lead = max_length or context_length(tokenizer), leading_ids(tokenizer)
+    max_length, lead = context_length(tokenizer) if max_length is None else max_length, leading_ids(tokenizer)
+    if max_length < 2: raise UserError(f"--max-length {max_length}: a prompt and an answer have at least 2 tokens")
     encoded = [e for i in range(0, len(pairs), 1000) for e in encode(pairs[i:i+1000], tokenizer, lead)]
     if not encoded: raise UserError(f"{pairs.label} has no pairs")
     kept, counts = [], dict(too_long=0, cut_prompt=0, cut_answers=0, lost=0)
