@@ -26,7 +26,7 @@ from .capture import bare
 from .forward import forward_states, reference_mode
 from .pool import States
 
-# %% ../../nbs/03_states/05_cache.ipynb #cell-003
+# %% ../../nbs/03_states/05_cache.ipynb #cell-005
 LOGPS = ("logp_cho", "logp_rej", "n_cho", "n_rej")
 
 def _save(path:Path, tensors:dict[str, Tensor], metadata:dict[str, str]) -> None:
@@ -51,7 +51,7 @@ def _load(path:Path, key:str, n:int) -> tuple[dict[str, Tensor], dict[str, str]]
     except (FileNotFoundError, SafetensorError): return None
     return (tensors, metadata) if all(len(x) == n for x in tensors.values()) else None
 
-# %% ../../nbs/03_states/05_cache.ipynb #cell-004
+# %% ../../nbs/03_states/05_cache.ipynb #cell-007
 def pad_id(model:nn.Module) -> int: # any valid id would do: padding lies to the right and is never read
     "The id that fills rows up."
     found = bare(model).config.get_text_config().pad_token_id
@@ -63,18 +63,18 @@ def _settle(states:States, device:torch.device, share:float=0.1) -> States:
     size = sum(x.nbytes for d in (states.cho, states.rej) for x in d.values())
     return states.to(device) if size < share*torch.cuda.mem_get_info(device)[0] else states
 
-# %% ../../nbs/03_states/05_cache.ipynb #cell-005
 def _check_finite(name:str, x:Tensor) -> None:
     "Stop at the first row whose value is not a number."
     bad = (~x.isfinite().reshape(len(x), -1).all(-1)).nonzero()
-    if len(bad): raise UserError(f"the reference gives a non-finite value at {name}, row {bad[0].item()} of the token set; score it in float32, or drop the row")
+    if len(bad): raise UserError(f"the reference gives a non-finite value at {name}, row {bad[0].item()} of the token set; "
+                                 "score it in float32, or drop the row")
 
 def _put(whole:States, rows:Tensor, part:States) -> None:
     "Write the pairs of `part` into their rows of `whole`, in place."
     for name in LOGPS: getattr(whole, name)[rows] = getattr(part, name)
     for site in whole.sites: whole.cho[site][rows], whole.rej[site][rows] = part.cho[site], part.rej[site]
 
-# %% ../../nbs/03_states/05_cache.ipynb #cell-006
+# %% ../../nbs/03_states/05_cache.ipynb #cell-009
 class ReferenceCache:
     "The reference's `States` of a token set on disk, one file for each site, named by the content they depend on."
     def __init__(self,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-# %% ../../nbs/03_states/03_logprobs.ipynb #cell-003
+# %% ../../nbs/03_states/03_logprobs.ipynb #cell-005
 CHUNK = 512 # tokens whose logits exist at once
 
 def _product(a:Tensor, b:Tensor) -> Tensor:
@@ -24,16 +24,17 @@ def _product(a:Tensor, b:Tensor) -> Tensor:
     return a.float() @ b.float()
 
 def _logits(hidden, weight, bias, softcap) -> Float[Tensor, "c v"]:
+    "The logits of one chunk."
     z = _product(hidden, weight.T)
     if bias is not None: z += bias
     return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
 
-def _operands(hidden, weight, dtype):
+def _operands(hidden, weight, dtype) -> tuple[Tensor, Tensor]:
     "Both sides of the product in the dtype it runs in; halves go to fp32 where there is no half product with fp32 sums."
     if not hidden.is_cuda: dtype = torch.float32
     return hidden.to(dtype), weight.to(dtype)
 
-# %% ../../nbs/03_states/03_logprobs.ipynb #cell-004
+# %% ../../nbs/03_states/03_logprobs.ipynb #cell-007
 class _FrozenHead(torch.autograd.Function):
     "Log-probabilities under a head that does not learn: the gradient goes to the hidden states only."
     @staticmethod
@@ -58,13 +59,14 @@ class _FrozenHead(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for s in (slice(i, i + ctx.chunk) for i in range(0, len(targets), ctx.chunk)):
                 z = _logits(h[s], w, bias, ctx.softcap)
-                slope = 1 if ctx.softcap is None else 1 - (z/ctx.softcap)**2
+                slope = None if ctx.softcap is None else 1 - (z/ctx.softcap)**2
                 g = z.sub_(norm[s, None]).exp_().mul_(-grad[s, None])
                 g.scatter_add_(-1, targets[s, None], grad[s, None])
-                out[s] = _product((g*slope if ctx.softcap else g).to(w.dtype), w)
+                if slope is not None: g *= slope
+                out[s] = _product(g.to(w.dtype), w).to(out.dtype)
         return out, None, None, None, None, None, None
 
-# %% ../../nbs/03_states/03_logprobs.ipynb #cell-005
+# %% ../../nbs/03_states/03_logprobs.ipynb #cell-008
 def _dtype(hidden:Tensor, weight:Tensor) -> torch.dtype:
     "The dtype the head runs in: autocast's where that is on, else the wider of the two."
     kind = hidden.device.type
@@ -83,7 +85,7 @@ def completion_logps(
         return trainable_logps(hidden, lambda h: nn.functional.linear(h, weight, bias), targets, chunk, softcap)
     return _FrozenHead.apply(hidden, weight, targets, bias, chunk, softcap, _dtype(hidden, weight))
 
-# %% ../../nbs/03_states/03_logprobs.ipynb #cell-006
+# %% ../../nbs/03_states/03_logprobs.ipynb #cell-010
 def trainable_logps(
     hidden:Float[Tensor, "n h"],             # states after the final norm, at the positions that predict
     head:Callable[[Tensor], Tensor],         # the head as a module or function; its parameters may learn

@@ -9,14 +9,14 @@ __all__ = ['score']
 import pandas as pd
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..pairs.batch import batches
 from .cache import LOGPS, pad_id
 from .capture import bare
 from .forward import eval_mode, forward_states
 
-# %% ../../nbs/03_states/06_score.ipynb #cell-003
+# %% ../../nbs/03_states/06_score.ipynb #cell-005
 def score(
     model:nn.Module,       # as it stands: an adapter that is on stays on
     token_set,             # a `TokenSet`
@@ -24,7 +24,7 @@ def score(
     layout:str="concat",   # how a batch lays out its pairs: concat | shared
     progress:bool=False,   # show a bar
 ) -> pd.DataFrame:         # row, kind, key, logp_cho, logp_rej (sums, nats), n_cho, n_rej (tokens), in the set's order
-    "Score both answers of every pair, without gradient or dropout; the model's mode is as before afterwards."
+    "Score both answers of every pair, without gradient, dropout or autocast; the model's mode is as before afterwards."
     pairs, device = token_set.pairs, bare(model).device
     rows, parts = [], []
     with eval_mode(model), torch.autocast(device.type, enabled=False):
@@ -33,6 +33,6 @@ def score(
             states = forward_states(model, batch.to(device))
             rows.append(batch.rows.cpu())
             parts.append(torch.stack([getattr(states, name) for name in LOGPS]))
-    values = torch.cat(parts, 1).double().cpu()[:, torch.cat(rows).argsort()].numpy()
-    frame = pd.DataFrame({"row": [p.row for p in pairs], "kind": [p.kind for p in pairs], "key": [p.key for p in pairs], **dict(zip(LOGPS, values))})
-    return frame.astype({"n_cho": int, "n_rej": int})
+    values = torch.cat(parts, 1).cpu().double()[:, torch.cat(rows).argsort()]
+    about = {"row": [p.row for p in pairs], "kind": [p.kind for p in pairs], "key": [p.key for p in pairs]}
+    return pd.DataFrame(about | dict(zip(LOGPS, values.numpy()))).astype({"n_cho": int, "n_rej": int})
