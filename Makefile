@@ -1,0 +1,59 @@
+# Every target makes .venv by itself, and only again when what it is made from has changed.
+PYTHON ?= python3
+WORKERS ?= 2
+NBS := $(shell find nbs -name '*.ipynb' -not -path '*/.*')
+PAGES := $(wildcard docs/*.py docs/*.md docs/_static/*.css) CHANGELOG.md CONTRIBUTING.md
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test docs export notebooks hooks clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo "  PYTHON=$(PYTHON) is the interpreter that .venv is made with (3.11 or newer); WORKERS=$(WORKERS) processes run the tests"
+
+demo: .venv/.package  ## train DPO and two hidden-state methods on the embedded world, and print where each stands
+	$(BIN)/reprpo demo
+
+test: .venv/.dev  ## ruff, tests/, and every notebook executed
+	$(BIN)/ruff check
+	$(BIN)/python -m pytest -n $(WORKERS) --maxschedchunk 1
+
+docs: docs/_build/html/index.html  ## the site, in docs/_build/html
+	@echo "open $<"
+
+export: .venv/.dev  ## notebooks to modules, notebooks stripped of what changes by itself, README
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python docs/readme.py
+
+notebooks: .venv/.dev  ## execute the notebooks and keep their outputs; ONLY=nbs/06_losses for a part
+	$(BIN)/python docs/execute.py $(ONLY)
+	$(MAKE) export
+
+hooks: .venv/.dev  ## git hooks: no commit with notebooks and modules out of step
+	git config core.hooksPath .githooks
+
+clean:  ## remove .venv and what was built
+	rm -rf .venv build docs/_build docs/_pages
+
+docs/_build/html/index.html: .venv/.dev $(NBS) $(PAGES) reprpo/_modidx.py
+	$(BIN)/python docs/prepare.py nbs docs/_pages
+	$(BIN)/sphinx-build -q -b html -j auto -W --keep-going -c docs docs/_pages docs/_build/html
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "reprpo needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.package: settings.ini setup.py constraints.txt | .venv/bin/python
+	$(PIP) -e .
+	@touch $@
+
+.venv/.dev: .venv/.package
+	$(PIP) -e '.[dev]'
+	@touch $@

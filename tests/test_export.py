@@ -1,0 +1,159 @@
+"""Notebooks, modules and README agree; modules stay small and import one way."""
+import ast
+import filecmp
+import json
+import re
+import shutil
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+MODULES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "reprpo").rglob("*.py")) if path.name != "_modidx.py"}
+ORDER = ["core", "world", "pairs", "states", ("transforms", "losses", "gradients", "decompose"), "train", "judge", ("stories", "pause"), "experiments", "cli"]
+CORE = {"errors", "io", "seeds", "models", "plots"}
+FRONT = {"__init__", "__main__"}
+TENSORS_ONLY = {"transforms", "losses"}
+
+
+def relative(path: Path) -> str: return path.relative_to(ROOT).as_posix()
+
+
+def text(cell) -> str: return "".join(cell["source"])
+
+
+def run(*words, cwd=ROOT, **options):
+    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=240, **options)
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    "A copy of the notebooks, exported and cleaned from nothing."
+    home = tmp_path_factory.mktemp("copy")
+    shutil.copytree(ROOT / "nbs", home / "nbs", ignore=shutil.ignore_patterns(".*"))
+    shutil.copy(ROOT / "settings.ini", home)
+    (home / "reprpo").mkdir()
+    for name in ("nbdev_export", "nbdev_clean"):
+        done = run("-c", f"from nbdev.cli import {name}; {name}()", cwd=home)
+        assert done.returncode == 0, done.stderr
+    return home
+
+
+def test_modules_are_the_notebooks(copied):
+    here = {path.relative_to(ROOT) for path in (ROOT / "reprpo").rglob("*.py")}
+    there = {path.relative_to(copied) for path in (copied / "reprpo").rglob("*.py")}
+    assert sorted(map(str, here ^ there)) == [], "modules without a notebook, or not exported: make export"
+    differ = [str(path) for path in sorted(here) if (ROOT / path).read_text(encoding="utf-8") != (copied / path).read_text(encoding="utf-8")]
+    assert differ == [], "not what the notebooks say: make export"
+
+
+def test_notebooks_are_clean(copied):
+    dirty = [relative(path) for path in NOTEBOOKS if not filecmp.cmp(path, copied / path.relative_to(ROOT), shallow=False)]
+    assert dirty == [], "execution counts or metadata left: make export"
+
+
+def test_readme_is_the_index():
+    done = run("docs/readme.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def faults(path: Path):
+    "What keeps a notebook from being a page of the site."
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    prose = "\n".join(text(cell) for cell in cells if cell["cell_type"] == "markdown")
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    if len(re.findall(r"^# ", prose, re.M)) != 1: yield "one title (# …)"
+    if not re.search(r"^> \S", prose, re.M): yield "a sentence that says what it is about (> …)"
+    if path.stat().st_size > 300_000: yield "under 300 kB"
+    if not outputs: yield "outputs: make notebooks"
+    if any(output["output_type"] == "error" for output in outputs): yield "no error left in an output"
+    if any(re.search(r"Traceback \(most|Warning:", "".join(output.get("text", []))) for output in outputs): yield "no warning or traceback left in an output"
+
+
+def test_notebooks_are_pages():
+    assert [f"{relative(path)} needs {fault}" for path in NOTEBOOKS for fault in faults(path)] == []
+
+
+def functions(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def count_parameters(node) -> int:
+    return len(node.args.posonlyargs) + len(node.args.args) + len(node.args.kwonlyargs)
+
+
+def code_lines(path: Path) -> int:
+    return sum(bool(line.strip()) and not line.startswith("#") for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def test_modules_and_functions_are_small():
+    large = [f"{relative(path)}: {code_lines(path)} lines" for path in MODULES if code_lines(path) > 300]
+    for path, tree in MODULES.items():
+        for node in functions(tree):
+            if node.end_lineno - node.lineno >= 50: large.append(f"{relative(path)}:{node.lineno} {node.name}: {node.end_lineno - node.lineno + 1} lines")
+            if count_parameters(node) > 10: large.append(f"{relative(path)}:{node.lineno} {node.name}: {count_parameters(node)} parameters")
+    assert large == [], "it holds two ideas: split it"
+
+
+def test_public_functions_say_what_they_do():
+    silent = [f"{relative(path)}:{node.lineno} {node.name}" for path, tree in MODULES.items() for node in tree.body
+              if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not ast.get_docstring(node)]
+    assert silent == []
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path, tree) -> set[str]:
+    "The modules of this package that a module imports, anywhere in it."
+    known, found = {name_of(other) for other in MODULES}, set()
+    package = name_of(path).split(".") if path.stem == "__init__" else name_of(path).split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return {name for name in found & known if name != "reprpo" and name != name_of(path)}
+
+
+GRAPH = {name_of(path): imports(path, tree) for path, tree in MODULES.items() if path.stem != "__init__"}
+
+
+def section(module: str) -> str:
+    part = module.split(".")[1]
+    return "core" if part in CORE else part
+
+
+def rank(module: str) -> int:
+    part = section(module)
+    return next(i for i, parts in enumerate(ORDER) if part in ((parts,) if isinstance(parts, str) else parts))
+
+
+def test_imports_have_no_cycle():
+    assert GRAPH
+    TopologicalSorter(GRAPH).prepare()
+
+
+def test_imports_run_one_way():
+    wrong = [f"{module} imports {other}" for module, others in GRAPH.items() if module.split(".")[1] not in FRONT
+             for other in others if section(other) != section(module) and rank(other) >= rank(module)]
+    assert wrong == []
+
+
+def test_transforms_and_losses_know_only_tensors():
+    allowed = {"reprpo.errors", "reprpo.seeds", "reprpo.states.pool"}
+    wrong = [f"{module} imports {other}" for module, others in GRAPH.items() if section(module) in TENSORS_ONLY
+             for other in others if section(other) != section(module) and other not in allowed]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("module", ["reprpo", "reprpo.cli", "reprpo.experiments.config", "reprpo.pairs.spec"])
+def test_light_modules_load_nothing_heavy(module):
+    done = run("-c", f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'pandas', 'matplotlib'}} & set(sys.modules)))")
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
