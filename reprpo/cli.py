@@ -198,7 +198,9 @@ def _evaluate(a) -> int:
 def _report(a) -> int:
     if not a.dir: raise UserError("no folder given; name the output folder of compare or demo")
     from reprpo.experiments.compare import finish
-    print(finish(a.dir, a.score))
+    results = finish(a.dir, a.score)
+    if not results.tables: raise UserError(f"no run in {a.dir} has finished, so there is nothing to report")
+    print(f"{results}\n\n{results.out/'summary.json'}\n{results.out/'report.html'}")
     return 0
 
 def _show(a) -> int:
@@ -207,8 +209,9 @@ def _show(a) -> int:
     from reprpo.pairs.load import load_pairs
     from reprpo.pairs.show import show_pair
     from reprpo.pairs.tokenize import tokenize_pairs
-    pairs, tokenizer = load_pairs(a.spec).sample(a.n), load_tokenizer(a.model)
-    for pair in tokenize_pairs(pairs, tokenizer, a.max_length):
+    pairs, tokenizer = load_pairs(a.spec), load_tokenizer(a.model)
+    first = load_pairs(pairs.rows[:a.n], label=pairs.label)
+    for pair in tokenize_pairs(first, tokenizer, a.max_length):
         shown = show_pair(pair, tokenizer)
         print(f"row {pair.row}\n{shown.ansi() if sys.stdout.isatty() else shown}\n")
     return 0

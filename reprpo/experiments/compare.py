@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'DEMO_SETS', 'Job', 'plan_jobs', 'locked', 'start_worker', 'do_job', 'judge_base', 'clock', 'follow',
-           'train_all', 'how_many', 'conduct', 'describe', 'as_given', 'compare', 'finish', 'compare_command', 'tell',
-           'demo']
+           'train_all', 'how_many', 'conduct', 'count', 'describe', 'as_given', 'compare', 'finish', 'compare_command',
+           'tell', 'demo']
 
 # %% ../../nbs/10_experiments/04_compare.ipynb #cell-002
 import os
@@ -22,8 +22,8 @@ import torch
 
 from ..errors import UserError
 from .config import CompareConfig, check_folder, make_config, shared, slug
-from .run import Bench, fill_references, is_done, load_data, prepare, run, sample_rows, score_sets, write_lines
-from .workers import Worker, do_here, hand_out
+from .run import Bench, fill_references, is_done, load_data, look, prepare, run, sample_rows, score_sets, write_lines
+from .workers import Worker, do_here, hand_out, quiet
 from ..io import atomic_folder, content_hash, manifest, read_json, read_jsonl, write_json, write_yaml
 from ..pairs.load import load_pairs
 from .results import Results, read_results
@@ -127,7 +127,6 @@ def train_all(
     "Do the runs, here or in worker processes."
     todo = [{"method": j.method, "seed": j.seed, "folder": str(j.folder)} for j in jobs]
     log, names = Path(config.out)/"logs", {(j.method, j.seed): j for j in jobs}
-    log.mkdir(exist_ok=True)
     if n == 1:
         known = {m.label: m for m in methods}
         return follow(do_here(todo, lambda job: do_job(bench, job, samples, known), log/"here.txt"), names, say)
@@ -159,10 +158,11 @@ def conduct(
 ) -> Path:                     # the output folder
     "Everything a comparison does; what is finished already is not done again."
     out, parsed = Path(config.out), [Method.parse(m) for m in methods]
-    check_folder(out, config.asdict())
     data = load_data(config, given)
+    check_folder(out, config.asdict())
+    bench = prepare(shared(config), data)
+    views = look(bench, parsed)
     with locked(out):
-        bench = prepare(shared(config), data)
         if not (out/"config.yaml").exists(): write_yaml(out/"config.yaml", config.asdict())
         write_json(out/"sets.json", [asdict(p) for p in data.plans])
         write_json(out/"manifest.json", manifest(config.asdict(), data=bench.hashes))
@@ -170,11 +170,20 @@ def conduct(
         todo = [j for j in jobs if not is_done(j.folder)]
         n = how_many(config, len(todo), bench, parsed, methods)
         for line in describe(config, bench, jobs, todo, n): say(line)
-        samples = judge_base(bench, out)
-        if todo: fill_references(bench, parsed)
+        (out/"logs").mkdir(exist_ok=True)
+        with quiet(out/"logs"/"here.txt"):
+            samples = judge_base(bench, out)
+            if todo: fill_references(bench, views)
         failed = train_all(config, bench, parsed, todo, n, samples, say) if todo else {}
         write_json(out/"manifest.json", manifest(config.asdict(), data=bench.hashes, failed=failed))
     return out
+
+def count(
+    n:int,
+    what:str, # in the singular
+) -> str:
+    "`1 run`, `2 runs`."
+    return f"{n} {what}{'s' * (n != 1)}"
 
 def describe(
     config:CompareConfig,
@@ -188,7 +197,7 @@ def describe(
     sets = [f"{p.label} ({len(t)} rows, {p.role}{', should fall' * (p.polarity < 0)})" for p, t in zip(data.plans, bench.tokens)]
     done = f", {len(jobs) - len(todo)} of them done already" if len(todo) < len(jobs) else ""
     steps = f"{config.steps} steps of {config.batch_size}"
-    lines = [f"{len(config.methods)} methods x {config.seeds} seeds = {len(jobs)} runs{done}; {n} process{one}",
+    lines = [f"{count(len(config.methods), 'method')} x {count(config.seeds, 'seed')} = {count(len(jobs), 'run')}{done}; {n} process{one}",
              f"train on {config.train}: {len(bench.train)} pairs, {len(bench.val)} for validation; {steps}",
              f"judge on {', '.join(sets)}"]
     lines += [f"warning: {k} rows of {label} are in the training pairs" for label, k in data.overlaps().items()]

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..errors import UserError
 from .config import RunConfig, TrainOne, check, check_folder, shared
-from .run import Bench, fill_references, is_done, load_data, load_evals, prepare, run, sample_rows, score_sets
+from .run import Bench, is_done, load_data, load_evals, look, prepare, run, sample_rows, score_sets
 from ..io import atomic_folder, atomic_write, manifest, read_yaml, write_json
 from ..judge.generalise import Generalisation, generalise, metrics
 from ..train.adapter import load_adapter, remove_adapter
@@ -43,11 +43,11 @@ def train_one(
     "Make one run folder, and its table against the base model."
     out, method = Path(config.out), Method.parse(config.method)
     wanted = {"method": method.label} | shared(config).asdict()
-    done = check_folder(out, wanted) and is_done(out)
     data = load_data(config)
+    done = check_folder(out, wanted) and is_done(out)
     bench = prepare(shared(config), data)
     if not done:
-        fill_references(bench, [method])
+        look(bench, [method])
         run(bench, method, config.seed, out, sample_rows(bench), show)
     return beside_base(bench, pd.read_parquet(out/"scores.parquet"), method.label, out, config.score)
 

@@ -113,4 +113,5 @@ def read_results(
     "The results of a comparison, finished or not, from its folder."
     out = Path(out)
     scores = read_scores(out)
+    if not (out/"manifest.json").exists(): raise UserError(f"{out} has no manifest.json; repeat the command that made it, and it goes on")
     return Results(out, scores, pd.DataFrame(read_json(out/"sets.json")), read_json(out/"manifest.json"), score)
