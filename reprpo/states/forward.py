@@ -96,7 +96,7 @@ def reference_mode(model:nn.Module) -> Iterator[nn.Module]:
     finally:
         for p, flag in learns: p.requires_grad_(flag)
 
-# %% ../../nbs/03_states/04_forward.ipynb #cell-023
+# %% ../../nbs/03_states/04_forward.ipynb #cell-025
 @torch.no_grad()
 def check_head(
     model:nn.Module,
