@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from fastcore.docments import docments
+from myst_parser.mdit_to_docutils.base import DocutilsRenderer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from prepare import symbols  # noqa: E402
@@ -84,6 +85,16 @@ def ticks(app, what, name, obj, options, lines):
     lines[:] = [re.sub(r"(?<!`)(?<!:)`([^`<>]+)`(?!`)(?!_)", one, line) for line in lines]
 
 
+def start_at_line_zero(render):
+    """myst-parser puts as many empty lines before an eval-rst block as there are above it, and myst-nb counts 10,000 lines a cell:
+    docutils then reads 35 million empty lines for 50 pages, most of the time of a build."""
+    def inner(self, token):
+        token.token.map = [0, 0]
+        return render(self, token)
+    return inner
+
+
 def setup(app):
+    DocutilsRenderer.render_restructuredtext = start_at_line_zero(DocutilsRenderer.render_restructuredtext)
     app.connect("autodoc-process-docstring", parameter_table)
     app.connect("autodoc-process-docstring", ticks, priority=900)

@@ -68,13 +68,13 @@ def link(text: str, names: dict[str, list[str]], module: str) -> str:
 
 
 def entries(source: str, module: str) -> list:
-    "One block for each public function and class of a cell."
+    "One block with each public function and class of a cell."
     found = []
     for node in ast.parse(source).body:
         if type(node) in ROLES and not node.name.startswith("_"):
             members = "   :members:\n" if isinstance(node, ast.ClassDef) else ""
-            found.append(f"```{{eval-rst}}\n.. {ROLES[type(node)]}:: {PACKAGE}.{module}.{node.name}\n{members}```")
-    return [nbformat.v4.new_markdown_cell("\n\n".join(found))] if found else []
+            found.append(f".. {ROLES[type(node)]}:: {PACKAGE}.{module}.{node.name}\n{members}")
+    return [nbformat.v4.new_markdown_cell("```{eval-rst}\n" + "\n".join(found) + "```")] if found else []
 
 
 def only_imports(source: str) -> bool:
