@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from ..errors import UserError
 from ..seeds import derive
 from .config import AdapterConfig
 
-# %% ../../nbs/08_train/02_adapter.ipynb #cell-003
+# %% ../../nbs/08_train/02_adapter.ipynb #cell-005
 def lora_config(
     cfg:AdapterConfig|LoraConfig, # our few settings, or a PEFT configuration
 ) -> LoraConfig:
@@ -32,7 +31,8 @@ def lora_config(
                           target_modules=targets, bias="none", task_type="CAUSAL_LM")
     why = "with it, adapter off is not the base model, so it cannot be its own reference"
     if not isinstance(cfg, LoraConfig): raise UserError(f"adapter type {type(cfg).__name__} is not supported; use LoRA or rsLoRA")
-    if cfg.init_lora_weights not in (True, "gaussian"): raise UserError(f"init_lora_weights={cfg.init_lora_weights!r} is refused: {why}; leave it at True")
+    if cfg.init_lora_weights not in (True, "gaussian"):
+        raise UserError(f"init_lora_weights={cfg.init_lora_weights!r} is refused: {why}; leave it at True")
     if cfg.use_dora: raise UserError("use_dora is refused: only LoRA and rsLoRA start at exactly zero; set use_dora=False")
     if cfg.bias != "none" or cfg.modules_to_save: raise UserError(f"bias or modules_to_save is refused: {why}; leave both unset")
     return cfg
@@ -81,7 +81,7 @@ def remove_adapter(
     for p in base.parameters(): p.requires_grad_(False)
     return base.eval()
 
-# %% ../../nbs/08_train/02_adapter.ipynb #cell-004
+# %% ../../nbs/08_train/02_adapter.ipynb #cell-010
 def adapter_weights(
     model:PeftModel, # with an adapter
 ) -> dict[str, Tensor]: # copied to the CPU
@@ -129,6 +129,7 @@ def attached(
     peft = add_adapter(model, cfg)
     try:
         result = set_peft_model_state_dict(peft, weights)
-        if result.unexpected_keys: raise UserError(f"these adapter weights do not belong to this model: {result.unexpected_keys[0]} has no place")
+        if result.unexpected_keys:
+            raise UserError(f"these adapter weights do not belong to this model: {result.unexpected_keys[0]} has no place")
         yield peft.eval()
     finally: remove_adapter(peft)

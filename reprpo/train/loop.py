@@ -16,15 +16,14 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from ..errors import UserError
 from ..io import append_jsonl
 from ..pairs.batch import PairBatch
-from ..states.forward import forward_states, reference_mode
 from .checks import check_gradient, check_optimised
 from .config import TrainConfig
-from .data import PairCollator, RowStream
+from .feed import PairCollator, RowStream, View
 from .meter import Meter
 from .method import Method
 from .progress import Progress
 
-# %% ../../nbs/08_train/07_loop.ipynb #cell-003
+# %% ../../nbs/08_train/07_loop.ipynb #cell-005
 def training_arguments(
     config:TrainConfig,   # with lr set
     folder,               # for checkpoints
@@ -64,7 +63,7 @@ class RunChecks(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero: (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
 
-# %% ../../nbs/08_train/07_loop.ipynb #cell-004
+# %% ../../nbs/08_train/07_loop.ipynb #cell-007
 class PairTrainer(Trainer):
     "The transformers Trainer on pairs: any method's loss, the reference from a cache or live, our own metrics."
     loss_is_scaled_for_ga = False # the loss is a mean over the micro-batch; the Trainer divides it by their number
@@ -76,7 +75,7 @@ class PairTrainer(Trainer):
         config:TrainConfig,  # settings
         token_set,           # TokenSet
         pad_id:int,          # fills rows up
-        sites=(),            # what the loss looks at
+        view:View,           # what the loss sees
         cache=None,          # ReferenceCache; None: the reference runs live
         progress:Progress|None=None,
         metrics:Path|None=None, # file for the rows of metrics
@@ -84,7 +83,7 @@ class PairTrainer(Trainer):
         stream = RowStream(len(token_set), config.steps * config.batch_size, config.seed)
         super().__init__(model, args, PairCollator(token_set, pad_id, config.layout), stream, callbacks=[RunChecks(config, method.label)])
         for callback in (PrinterCallback, ProgressCallback): self.remove_callback(callback)
-        self.method, self.config, self.token_set, self.sites, self.cache = method, config, token_set, tuple(sites), cache
+        self.method, self.config, self.token_set, self.view, self.cache = method, config, token_set, view, cache
         self.progress, self.metrics, self.history, self.clock, self.seen = progress, metrics, [], None, 0
         where = lambda i: f"row {token_set[i].row} of {token_set.report.label}"
         self.meter = Meter(method.label, float(method.settings.get("beta") or 1.0), where)
@@ -92,13 +91,12 @@ class PairTrainer(Trainer):
     def reference_states(self, model, batch, rows):
         "The reference's states: from the cache, or by a second forward pass with the adapter off."
         if self.cache is not None: return self.cache.batch(torch.tensor(rows), batch.device)
-        with reference_mode(self.accelerator.unwrap_model(model)) as plain:
-            return forward_states(plain, batch, self.sites, self.method.reduce)
+        return self.view.reference(self.accelerator.unwrap_model(model), batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = PairBatch.from_dict(inputs["batch"])
         ref = self.reference_states(model, batch, inputs["rows"])
-        pi = forward_states(model, batch, self.sites, self.method.reduce)
+        pi = self.view.policy(model, batch)
         per_pair, terms = self.method.loss_fn(pi, ref)
         self.meter.add(pi, ref, per_pair, terms, batch.rows, self.state.global_step + 1, inputs["tokens"])
         self.seen += inputs["tokens"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-# %% ../../nbs/08_train/05_meter.ipynb #cell-003
+# %% ../../nbs/08_train/05_meter.ipynb #cell-005
 def stacked(
     states,   # States
 ) -> list[tuple[Tensor, Tensor]]: # (chosen, rejected), each "k b h", for each width of state
@@ -36,7 +36,8 @@ def state_metrics(
         q = (dp * d).sum(-1) / n2
         found["q/n"].append(q)
         found["ort/n"].append(((dp - q[..., None] * d).pow(2).sum(-1) / n2).sqrt())
-        for name, a, b in (("cos/chosen", pc, rc), ("cos/rejected", pr, rr), ("cos/chosen_rejected", pc, rr), ("cos/rejected_chosen", pr, rc)):
+        pairs = {"cos/chosen": (pc, rc), "cos/rejected": (pr, rr), "cos/chosen_rejected": (pc, rr), "cos/rejected_chosen": (pr, rc)}
+        for name, (a, b) in pairs.items():
             found[name].append(F.cosine_similarity(a, b, dim=-1))
     return {name: torch.cat(parts).mean(0) for name, parts in found.items()}
 
@@ -52,7 +53,7 @@ def output_metrics(
             "logps/chosen": pi.logp_cho, "logps/rejected": pi.logp_rej,
             "dnll/chosen": -cho / pi.n_cho, "dnll/rejected": -rej / pi.n_rej}
 
-# %% ../../nbs/08_train/05_meter.ipynb #cell-004
+# %% ../../nbs/08_train/05_meter.ipynb #cell-012
 class Meter:
     "Sums per-pair numbers on the device; remembers the first step and row at which one was not finite."
     def __init__(self,
@@ -77,13 +78,15 @@ class Meter:
         "Take in one micro-batch, without waiting for the device."
         pi, ref = pi.detach(), ref.detach()
         terms = {k: v.detach().float() for k, v in terms.items()}
-        values = output_metrics(pi, ref, self.beta) | (state_metrics(pi, ref) if ref.cho else {}) | {f"term/{k}": v for k, v in terms.items()}
+        values = output_metrics(pi, ref, self.beta) | (state_metrics(pi, ref) if ref.cho else {})
+        values |= {f"term/{k}": v for k, v in terms.items()}
         sums = torch.stack(list(values.values())).sum(-1)
         self.names, self.sums = tuple(values), sums if self.sums is None else self.sums + sums
         self.pairs, self.tokens = self.pairs + len(per_pair), self.tokens + tokens
         sites = {f"states at {s}": pi.cho[s].sum(-1) + pi.rej[s].sum(-1) for s in pi.cho}
-        watched = sites | {"log-prob of chosen": pi.logp_cho, "log-prob of rejected": pi.logp_rej} | {f"term '{k}'": v for k, v in terms.items()} | {"loss": per_pair}
-        self._watch(tuple(watched), ~torch.isfinite(torch.stack([v.detach().float() for v in watched.values()])), rows, step)
+        watched = sites | {"log-prob of chosen": pi.logp_cho, "log-prob of rejected": pi.logp_rej}
+        watched |= {f"term '{k}'": v for k, v in terms.items()} | {"loss": per_pair.detach().float()}
+        self._watch(tuple(watched), ~torch.isfinite(torch.stack(list(watched.values()))), rows, step)
 
     def _watch(self, names:tuple, bad, rows, step:int) -> None:
         "Keep, for each name, the first (step, row) at which it was bad."

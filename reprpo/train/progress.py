@@ -6,11 +6,13 @@
 __all__ = ['SHOWN', 'in_notebook', 'svg_curve', 'line', 'Progress']
 
 # %% ../../nbs/08_train/06_progress.ipynb #cell-002
+import shutil
 import sys
 import time
 
-# %% ../../nbs/08_train/06_progress.ipynb #cell-003
-SHOWN = {"loss": "loss", "accuracy": "accuracy", "rewards/accuracies": "rewards/accuracies", "theta": "θ", "q/n": "q/n", "dnll/chosen": "Δnll chosen", "grad_norm": "gradient", "tokens/s": "tokens/s"}
+# %% ../../nbs/08_train/06_progress.ipynb #cell-005
+SHOWN = {"loss": "loss", "accuracy": "accuracy", "rewards/accuracies": "raised", "theta": "θ", "q/n": "q/n",
+         "dnll/chosen": "Δnll chosen", "grad_norm": "gradient", "tokens/s": "tokens/s"} # metric -> heading
 
 def in_notebook() -> bool:
     "Is there a front end that shows HTML?"
@@ -39,7 +41,7 @@ def line(
     parts = [f"{name} {row[key]:.4g}" for key, name in SHOWN.items() if key in row]
     return f"step {row['step']:>{len(str(steps))}}/{steps}  " + "  ".join(parts)
 
-# %% ../../nbs/08_train/06_progress.ipynb #cell-004
+# %% ../../nbs/08_train/06_progress.ipynb #cell-006
 class Progress:
     "Shows rows of metrics as they come: HTML in a notebook, a moving line on a terminal, lines in a file."
     def __init__(self,
@@ -54,14 +56,24 @@ class Progress:
         self.rows, self.start = [], time.time()
         self.handle, self.mode = None, "html" if in_notebook() and stream is None else "tty" if self.stream.isatty() else "plain"
 
+    def curve(self,
+        key:str,              # metric
+        colour:str,           # of the line
+        span:tuple|None=None, # of its axis
+    ) -> str:
+        "One metric over the whole run, as a named little curve."
+        values = [r[key] for r in self.rows if key in r]
+        return f"{SHOWN[key]} {svg_curve(values, colour=colour, span=span)}" if values else ""
+
     def html(self) -> str:
         "The table of the last rows, with the whole curve of loss and accuracy above it."
         names = {k: v for k, v in SHOWN.items() if any(k in r for r in self.rows)}
-        curve = lambda key, colour, span: f"{names[key]} {svg_curve([r[key] for r in self.rows if key in r], colour=colour, span=span)}" if key in names else ""
         head = "".join(f"<th>{n}</th>" for n in names.values())
-        body = "".join(f"<tr><td>{r['step']}</td>" + "".join(f"<td>{r[k]:.4g}</td>" if k in r else "<td></td>" for k in names) + "</tr>" for r in self.rows[-self.last:])
-        done = self.rows[-1]["step"] if self.rows else 0
-        return (f"<div><b>{self.label}</b> step {done} of {self.steps}, {time.time() - self.start:.0f} s<br>{curve('loss', '#333', None)} {curve('accuracy', '#0a7', (0, 1))}"
+        cells = lambda r: "".join(f"<td>{r[k]:.4g}</td>" if k in r else "<td></td>" for k in names)
+        body = "".join(f"<tr><td>{r['step']}</td>{cells(r)}</tr>" for r in self.rows[-self.last:])
+        done, took = self.rows[-1]["step"] if self.rows else 0, time.time() - self.start
+        curves = f"{self.curve('loss', '#333')} {self.curve('accuracy', '#009E73', (0, 1))}"
+        return (f"<div><b>{self.label}</b> step {done} of {self.steps}, {took:.0f} s<br>{curves}"
                 f"<table><tr><th>step</th>{head}</tr>{body}</table></div>")
 
     def update(self,
@@ -75,8 +87,9 @@ class Progress:
             if self.handle is None: self.handle = display(HTML(self.html()), display_id=True)
             else: self.handle.update(HTML(self.html()))
         else:
-            end = "\n" if self.mode == "plain" or row["step"] >= self.steps else ""
-            self.stream.write(("\r\033[K" if self.mode == "tty" else "") + f"{self.label}  {line(row, self.steps)}"[: 200 if self.mode == "tty" else None] + end)
+            text, moving = f"{self.label}  {line(row, self.steps)}", self.mode == "tty"
+            end = "\n" if not moving or row["step"] >= self.steps else ""
+            self.stream.write((f"\r\033[K{text[:shutil.get_terminal_size().columns - 1]}" if moving else text) + end)
             self.stream.flush()
 
     def note(self,
