@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'ACTIONS', 'Folder', 'RUN', 'help_text', 'first', 'Demo', 'Evaluate', 'Report', 'Show', 'WorldTrain',
-           'WorldSample', 'WorldCheck', 'Methods', 'parse', 'main']
+           'WorldSample', 'WorldCheck', 'Methods', 'parse', 'call', 'main']
 
 # %% ../nbs/10_experiments/06_cli.ipynb #cell-002
 import contextlib
@@ -21,31 +21,31 @@ from .experiments.config import CompareConfig, N, Name, TrainOne, check, unset
 
 # %% ../nbs/10_experiments/06_cli.ipynb #cell-005
 COMMANDS = {
-    "demo": ("a small comparison on the embedded world: minutes on two cores", "reprpo demo"),
+    "demo": ("a small comparison on the embedded world, in minutes", "reprpo demo"),
     "compare": ("methods x seeds on the same pairs, judged under shifts; resumable",
-                "reprpo compare dpo hs-none-inner --model DIR --train train.jsonl \\\n"
-                "                 --eval test.jsonl hard=hard.jsonl sums:0=sums.jsonl --seeds 5"),
+                "reprpo compare dpo hs-none-inner --train train.jsonl --seeds 6 \\\n"
+                "               --eval test.jsonl hard=hard.jsonl sums:0=sums.jsonl"),
     "train": ("one method, one seed, one run folder", "reprpo train dpo:beta=0.5 --steps 200 --out my-run"),
-    "evaluate": ("score a run folder's adapter on any sets", "reprpo evaluate my-run --eval world:honesty/test"),
-    "report": ("rebuild table and page of a comparison from its scores", "reprpo report reprpo-demo"),
-    "pairs": ("show pairs as tokens: what is prompt, scored, or left out",
-              "reprpo pairs show genies.jsonl,prompt=question,n=200"),
+    "evaluate": ("score a run's adapter on any sets", "reprpo evaluate my-run --eval world:honesty/test"),
+    "report": ("rebuild a comparison's table and page from its scores", "reprpo report reprpo-demo"),
+    "pairs": ("show pairs as tokens: prompt, scored, not scored", "reprpo pairs show quiz.csv,prompt=question"),
     "world": ("train, sample or check the embedded world", "reprpo world sample --n 2"),
-    "methods": ("the methods that can be trained, each in a line", "reprpo methods"),
+    "methods": ("what can be trained, a line each", "reprpo methods"),
 }
 ACTIONS = {"pairs": ("show",), "world": ("train", "sample", "check")}
 
 def help_text() -> str:
     "What `reprpo --help` prints: at most 80 columns."
-    lines = ["reprpo: align hidden states or output probabilities, and see how far it carries", "",
-             "usage: reprpo COMMAND [OPTIONS]      (reprpo COMMAND --help lists its options)", ""]
-    for name, (what, example) in COMMANDS.items():
-        more = " " + "|".join(ACTIONS[name]) if name in ACTIONS else ""
-        lines += [f"  {name + more}: {what}" if more else f"  {name}: {what}", f"      $ {example}"]
-    return "\n".join(lines + ["", "SPEC     world:facts/train | pairs.jsonl | genies:math#test | owner/name:config#split,",
-        "         each with options: ,n=500,flip,prompt=question,chosen=good,rejected=bad",
-        "METHOD   NAME[:option=value,...], such as dpo:beta=0.1 (see `reprpo methods`)",
-        "LABEL    names a set; polarity +1 should rise, -1 should fall, 0 must stay: sums:0=SPEC"])
+    lines = ["reprpo: align hidden states or output probabilities; see how far each carries", "",
+             "usage: reprpo COMMAND [OPTIONS]       reprpo COMMAND --help lists its options", ""]
+    for name, (what, example) in COMMANDS.items(): lines += [f"  {name:9} {what}", f"    $ {example}"]
+    return "\n".join([*lines, "",
+        "  METHOD    NAME[:option=value,...] as in dpo:beta=0.1; see reprpo methods",
+        "  SPEC      where pairs are: world:facts/train, pairs.jsonl, pairs.csv,",
+        "            genies:math#test, owner/name:config#split; then options as in",
+        "            ,n=500,flip,prompt=question,chosen=good,rejected=bad",
+        "  --eval    [LABEL[:POLARITY]=]SPEC...; the first set is the in-domain one;",
+        "            polarity +1 should rise, -1 should fall, 0 must stay"])
 
 # %% ../nbs/10_experiments/06_cli.ipynb #cell-009
 Folder = arg(metavar="DIR")
@@ -121,8 +121,9 @@ def _groups(
             at, eq, value = word.partition("=")
             at = at.replace("_", "-")
             if at not in known: raise unknown("option", at, known)
-            options.setdefault(at, []).extend([value] if eq else [])
             many = get_origin(_plain(known[at])) is tuple
+            if at in options and not many: raise UserError(f"{at} is given twice")
+            options.setdefault(at, []).extend([value] if eq else [])
             if eq and not many: at = None
         elif at and (many or not options[at]) and _plain(known[at]) is not bool: options[at].append(word)
         else: free.append(word)
@@ -139,7 +140,6 @@ def _check_value(option: str, field, values: list[str]) -> None:
     t = _plain(field)
     if t is bool: return
     if not values: raise UserError(f"{option} needs a value" if get_origin(t) is not tuple else f"{option} needs at least one value")
-    if len(values) > 1 and get_origin(t) is not tuple: raise UserError(f"{option} is given twice: {' and '.join(values)}")
     if get_origin(t) is Literal and values[0] not in get_args(t): raise unknown(f"value of {option}", values[0], get_args(t))
     for kind, name in ((int, "a whole number"), (float, "a number")):
         if t is kind:
@@ -263,11 +263,11 @@ def _dispatch(argv: list[str]) -> int:
     kind, do = RUN[name]
     return do(parse(kind, rest, f"reprpo {name}", COMMANDS[name.split()[0]][1]))
 
-def main(
-    argv:list[str]|None=None, # the words after `reprpo`; by default the process's own
-) -> int:                     # exit status: 0 done, 2 wrong input, 1 something failed
+def call(
+    argv:list[str], # the words after `reprpo`
+) -> int:           # exit status: 0 done, 2 wrong input, 1 something failed
     "Run one command; every error is one line on stderr."
-    try: return _dispatch(list(sys.argv[1:] if argv is None else argv)) or 0
+    try: return _dispatch(list(argv)) or 0
     except UserError as e:
         print(f"reprpo: {e}", file=sys.stderr)
         return 2
@@ -283,3 +283,7 @@ def main(
         text = " ".join(f"{type(e).__name__}: {e}".split())
         print(f"reprpo: {text[:500]} (set REPRPO_DEBUG=1 for the traceback)", file=sys.stderr)
         return 1
+
+def main() -> None:
+    "The command `reprpo`."
+    sys.exit(call(sys.argv[1:]))
