@@ -76,13 +76,13 @@ class View:
 def make_view(
     model:nn.Module, # base
     method,          # Method: source, collect, modules, reduce, transform
-    layers:str,      # layer grammar
+    layers:str,      # layer grammar; brackets around a list are allowed
     batch,           # any PairBatch, to learn the widths of the states
 ) -> View:
     "The sites a method's layers stand for in this model, and its transform."
     if not method.needs_states: return View()
     n = len(decoder_blocks(model))
-    ks = parse_layers(layers, n)
+    ks = parse_layers(layers.strip("[] "), n)
     view = View(tuple(find_sites(model, ks, method.source, method.collect, method.modules)), method.reduce,
                 words=f"{method.source}, layers {describe_layers(ks, n)}")
     if method.transform == "none": return view

@@ -213,7 +213,6 @@ def from_string(
     seen = (STATES if source else {}) | (MODULES if source == "side" else {})
     values = read_options(rest, extra | own | seen | SHARED, name)
     more = {k: values[k] for k in ("layers", "collect", "reduce", "lr", "steps") if k in values and k not in own}
-    if "layers" in more: more["layers"] = more["layers"].strip("[]")
     if "modules" in values: more["modules"] = tuple(values["modules"].split("|"))
     method = Method(text, name.strip(), loss, {k: v for k, v in values.items() if k in own}, source, transform,
                     {k: v for k, v in values.items() if k in extra and k not in own}, **more)
