@@ -26,7 +26,7 @@ from .capture import bare
 from .forward import forward_states, reference_mode
 from .pool import States
 
-# %% ../../nbs/03_states/05_cache.ipynb #cell-005
+# %% ../../nbs/03_states/05_cache.ipynb #cell-006
 LOGPS = ("logp_cho", "logp_rej", "n_cho", "n_rej")
 
 def _save(path:Path, tensors:dict[str, Tensor], metadata:dict[str, str]) -> None:
@@ -51,7 +51,7 @@ def _load(path:Path, key:str, n:int) -> tuple[dict[str, Tensor], dict[str, str]]
     except (FileNotFoundError, SafetensorError): return None
     return (tensors, metadata) if all(len(x) == n for x in tensors.values()) else None
 
-# %% ../../nbs/03_states/05_cache.ipynb #cell-007
+# %% ../../nbs/03_states/05_cache.ipynb #cell-008
 def pad_id(model:nn.Module) -> int: # any valid id would do: padding lies to the right and is never read
     "The id that fills rows up."
     found = bare(model).config.get_text_config().pad_token_id
@@ -91,7 +91,7 @@ def reference_states(
     for name in LOGPS if logps else (): _check_finite(name, getattr(whole, name))
     return whole
 
-# %% ../../nbs/03_states/05_cache.ipynb #cell-009
+# %% ../../nbs/03_states/05_cache.ipynb #cell-010
 def cache_key(model:nn.Module, token_set, sites:list[str], reduce:str, transform:Callable|None) -> str:
     "A name for everything the reference's states depend on; the sites count only where a transform mixes them."
     what = [token_set.hash, fingerprint(model), reduce, str(bare(model).dtype)]
@@ -105,7 +105,7 @@ def _settle(states:States, device:torch.device, share:float=0.1) -> States:
     size = sum(x.nbytes for d in (states.cho, states.rej) for x in d.values())
     return states.to(device) if size < share*torch.cuda.mem_get_info(device)[0] else states
 
-# %% ../../nbs/03_states/05_cache.ipynb #cell-010
+# %% ../../nbs/03_states/05_cache.ipynb #cell-011
 class ReferenceFiles:
     "The files of one key: which there are, what is missing, how they are read."
     def __init__(self, folder:Path, asked:list[str], n:int, mixed:bool):
@@ -136,7 +136,7 @@ class ReferenceFiles:
         gone = ["logps", *self.asked] if self.sites is None else [x for x in ("logps", *self.sites) if self.read(x) is None]
         return ["logps", *self.asked] if gone and self.mixed else gone
 
-# %% ../../nbs/03_states/05_cache.ipynb #cell-011
+# %% ../../nbs/03_states/05_cache.ipynb #cell-012
 class ReferenceCache:
     "The reference's `States` of a token set on disk, one file for each site, named by the content they depend on."
     def __init__(self,

@@ -19,7 +19,7 @@ from ..errors import UserError, nearest, unknown
 from ..models import decoder_blocks
 from .layers import parse_layers
 
-# %% ../../nbs/03_states/01_capture.ipynb #cell-006
+# %% ../../nbs/03_states/01_capture.ipynb #cell-007
 def bare(
     model:nn.Module, # a causal LM, perhaps inside PEFT, DDP or torch.compile
 ) -> nn.Module:      # the causal LM itself; adapters that live inside its layers stay in it
@@ -38,7 +38,7 @@ def blocks_of(model:nn.Module) -> nn.ModuleList:
     if model not in _known: _known[model] = decoder_blocks(model)
     return _known[model]
 
-# %% ../../nbs/03_states/01_capture.ipynb #cell-008
+# %% ../../nbs/03_states/01_capture.ipynb #cell-009
 INPUTS = ("o_proj", "out_proj", "down_proj", "attn.c_proj", "mlp.c_proj", "attention.dense", "dense_4h_to_h")
 OUTPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj",
            "c_attn", "c_fc", "query_key_value", "dense_h_to_4h")
@@ -77,7 +77,7 @@ def find_sites(
     if not found: raise UserError(f"no module matches {', '.join(patterns)}{nearest(patterns[0], _modules(blocks[ks[0]]))}")
     return found
 
-# %% ../../nbs/03_states/01_capture.ipynb #cell-013
+# %% ../../nbs/03_states/01_capture.ipynb #cell-014
 def find_place(
     model:nn.Module,
     site:str, # "hs.k", "i.path.in", "i.path.out" or "final"
@@ -104,7 +104,7 @@ def blocks_needed(
     first, _, rest = site.partition(".")
     return int(rest) if first == "hs" else int(first) + 1
 
-# %% ../../nbs/03_states/01_capture.ipynb #cell-015
+# %% ../../nbs/03_states/01_capture.ipynb #cell-016
 class _Enough(Exception):
     "Raised by a hook when the last site has been seen; never leaves `capture`."
 

@@ -19,7 +19,7 @@ from .capture import bare, capture
 from .logprobs import completion_logps, trainable_logps
 from .pool import States, count_tokens, pool_tokens, scored
 
-# %% ../../nbs/03_states/04_forward.ipynb #cell-006
+# %% ../../nbs/03_states/04_forward.ipynb #cell-007
 def model_inputs(
     model:nn.Module,
     batch,            # a `PairBatch`
@@ -32,7 +32,7 @@ def model_inputs(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else bare(model).dtype
     return inputs | {"attention_mask": batch.attention_mask(dtype), "position_ids": batch.positions}
 
-# %% ../../nbs/03_states/04_forward.ipynb #cell-007
+# %% ../../nbs/03_states/04_forward.ipynb #cell-008
 def head_logps(
     model:nn.Module,
     hidden:Float[Tensor, "n h"],    # states after the final norm
@@ -44,7 +44,7 @@ def head_logps(
     if type(head) is nn.Linear: return completion_logps(hidden, head.weight, targets, head.bias, softcap=softcap)
     return trainable_logps(hidden, head, targets, softcap=softcap)
 
-# %% ../../nbs/03_states/04_forward.ipynb #cell-009
+# %% ../../nbs/03_states/04_forward.ipynb #cell-010
 def _pooled(got:dict, batch, reduce:str, transform:Callable|None) -> dict[str, Tensor]:
     "Pooled states of every site; a transform that is not linear sees each token, a linear one the pooled vectors."
     late = transform is not None and getattr(transform, "linear", False) and reduce != "mean_unit"
@@ -72,7 +72,7 @@ def forward_states(
     pooled = _pooled({site: got[site] for site in sites}, batch, reduce, transform)
     return States({s: x[:b] for s, x in pooled.items()}, {s: x[b:] for s, x in pooled.items()}, total[:b], total[b:], n[:b], n[b:])
 
-# %% ../../nbs/03_states/04_forward.ipynb #cell-015
+# %% ../../nbs/03_states/04_forward.ipynb #cell-016
 @contextmanager
 def eval_mode(model:nn.Module) -> Iterator[nn.Module]:
     "No gradient and no dropout inside the block; every module's mode is as before afterwards."
@@ -96,7 +96,7 @@ def reference_mode(model:nn.Module) -> Iterator[nn.Module]:
     finally:
         for p, flag in learns: p.requires_grad_(flag)
 
-# %% ../../nbs/03_states/04_forward.ipynb #cell-025
+# %% ../../nbs/03_states/04_forward.ipynb #cell-026
 @torch.no_grad()
 def check_head(
     model:nn.Module,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import unknown
 
-# %% ../../nbs/03_states/02_pool.ipynb #cell-005
+# %% ../../nbs/03_states/02_pool.ipynb #cell-006
 @dataclass(frozen=True)
 class States:
     "What a loss may see of a batch of pairs: pooled states at each site, and log-probabilities of the two answers."
@@ -68,7 +68,7 @@ class States:
         "The same with only these sites."
         return replace(self, cho={s: self.cho[s] for s in sites}, rej={s: self.rej[s] for s in sites})
 
-# %% ../../nbs/03_states/02_pool.ipynb #cell-007
+# %% ../../nbs/03_states/02_pool.ipynb #cell-008
 REDUCES = ("mean", "last", "exp", "sum", "mean_unit")
 
 def count_tokens(
@@ -94,7 +94,7 @@ def token_weights(
     raw = torch.exp(-(place - (end - counts)[owner] + 1)/tau)
     return raw/torch.zeros_like(counts).index_add_(0, owner, raw)[owner]
 
-# %% ../../nbs/03_states/02_pool.ipynb #cell-010
+# %% ../../nbs/03_states/02_pool.ipynb #cell-011
 def scored(
     x:Float[Tensor, "r t h"], # a site's states, any dtype
     batch,                    # the `PairBatch` they come from

@@ -16,7 +16,7 @@ from .cache import LOGPS, pad_id
 from .capture import bare
 from .forward import eval_mode, forward_states
 
-# %% ../../nbs/03_states/06_score.ipynb #cell-005
+# %% ../../nbs/03_states/06_score.ipynb #cell-006
 def score(
     model:nn.Module,       # as it stands: an adapter that is on stays on
     token_set,             # a `TokenSet`
