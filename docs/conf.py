@@ -34,6 +34,7 @@ html_theme = "furo"
 html_title = "reprpo"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
+html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
 html_theme_options = {

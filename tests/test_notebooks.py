@@ -18,4 +18,4 @@ def notebooks() -> list[Path]:
 @pytest.mark.timeout(300)
 def test_notebook_runs(path):
     ok, _ = run_notebook(path, skip_flags=CFG.tst_flags.split(), basepath=CFG.config_path)
-    assert ok, "the cell and its traceback are printed above"
+    assert ok, "the cell and its traceback are printed below"
