@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError, unknown
-from .align import ALIGN, PRICED
+from .align import ALIGN
 from .geometry import check_sites, geometry
 from .margin import margin_sum, positive
 from .output import OUTPUT
@@ -41,7 +41,7 @@ def inner(pi: States,                   # the policy
           outer: str = "ipo",           # loss on the outputs: a name in OUTPUT, or none
           beta: float | None = None,    # beta of the outer loss; its own default if not given
           beta_in: float = 0.4,         # beta of the inner form
-          lam: float | None = None,     # price inside para_orth_signed and rotate_only; 1 if not given
+          lam: float = 1.0,             # price inside para_orth_signed and rotate_only
           trust: float = 0.0,           # soft ceiling on the mean theta, trust * tanh(theta / trust); 0 is none
           detach_rejected: bool = False,  # move only the chosen states; the outer loss is untouched
          ) -> tuple[Float[Tensor, "b"], dict[str, Float[Tensor, "b"]]]:
@@ -49,14 +49,12 @@ def inner(pi: States,                   # the policy
     if align not in ALIGN: raise unknown("align", align, ALIGN)
     if outer not in {*OUTPUT, "none"}: raise unknown("outer", outer, [*OUTPUT, "none"])
     if beta is not None and outer in ("simper", "sft", "none"): raise UserError(f"option beta={beta}: outer={outer} has no beta; drop it")
-    if lam is not None and align not in PRICED: raise UserError(f"option lam={lam}: align={align} has no price; only {' and '.join(PRICED)} have")
-    price = {} if lam is None else {"lam": lam}
     positive("beta_in", beta_in)
     if trust: positive("trust", trust)
     rows = pi if not detach_rejected else _detach_rejected(pi)
     sites = [geometry(rows, ref, site) for site in check_sites(pi, ref)]
     mean = lambda values: torch.stack(list(values)).mean(0)
-    theta = mean(ALIGN[align](g, **price) for g in sites)
+    theta = mean(ALIGN[align](g, lam) for g in sites)
     if trust: theta = trust * torch.tanh(theta / trust)
     loss_in = bend(theta, outer, beta_in)
     terms = {"inner": loss_in, "theta": theta, "ratio": mean(g.ratio for g in sites), "drift": mean(g.drift for g in sites)}
