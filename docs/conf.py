@@ -47,6 +47,7 @@ def type_name(annotation) -> str:
     "A type as one would write it."
     if annotation in (inspect.Parameter.empty, None): return ""
     if isinstance(annotation, str): return annotation
+    if hasattr(annotation, "__metadata__"): annotation = annotation.__origin__
     return re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Za-z])", "", inspect.formatannotation(annotation))
 
 

@@ -77,14 +77,16 @@ def entries(source: str, module: str) -> list:
     return [nbformat.v4.new_markdown_cell("```{eval-rst}\n" + "\n".join(found) + "```")] if found else []
 
 
-def only_imports(source: str) -> bool:
-    return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body)
+def is_imports(source: str) -> bool:
+    "Nothing but imports?"
+    try: return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body)
+    except SyntaxError: return False
 
 
 def exported(cell, module: str) -> list:
     "The entries of an exported cell, then its code, folded where there are entries."
     cell.source = without_directives(cell.source)
-    if only_imports(cell.source): return []
+    if is_imports(cell.source): return []
     before = entries(cell.source, module)
     if before: cell.metadata["tags"] = ["hide-input"]
     return [*before, cell]
@@ -96,7 +98,7 @@ def shown(cell) -> list:
     cell.source = without_directives(cell.source)
     if found.get("echo") == "false": tags.append("remove-input")
     if found.get("output") == "false": tags.append("remove-output")
-    if found.get("code-fold") in ("true", "show"): tags.append("hide-input")
+    if found.get("code-fold") in ("true", "show") or is_imports(cell.source): tags.append("hide-input")
     if tags: cell.metadata["tags"] = tags
     return [cell] if cell.source else []
 
