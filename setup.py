@@ -37,7 +37,6 @@ setup(
     extras_require={"dev": words("dev_requirements"), "bench": ["trl>=1.16"]},
     classifiers=[
         "Intended Audience :: Science/Research",
-        "License :: OSI Approved :: Apache Software License",
         *("Programming Language :: Python :: " + v for v in python_versions[python_versions.index(cfg["min_python"]):]),
     ],
     entry_points={
