@@ -170,7 +170,7 @@ class Prepared:
     checksum:str                    # of the base weights
 
     def reference(self, model:nn.Module): # States
-        "The reference's states of the first micro-batch."
+        "The reference's states of the first micro-batch, stored or live."
         return self.cache.batch(self.batch.rows.cpu(), self.batch.device) if self.cache else self.view.reference(model, self.batch)
 
 def prepare(
