@@ -9,7 +9,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs export notebooks hooks clean
+.PHONY: help demo test docs export notebooks results hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -34,6 +34,10 @@ export: .venv/.dev  ## notebooks to modules, notebooks stripped of what changes 
 notebooks: .venv/.dev  ## execute the notebooks and keep their outputs; ONLY=nbs/06_losses for a part
 	$(BIN)/python docs/execute.py $(ONLY)
 	$(MAKE) export
+
+results: .venv/.dev  ## the demo's table on the first page, made again
+	$(BIN)/python docs/demo.py
+	$(MAKE) notebooks ONLY=nbs/index.ipynb
 
 hooks: .venv/.dev  ## git hooks: no commit with notebooks and modules out of step
 	git config core.hooksPath .githooks
