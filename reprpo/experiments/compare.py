@@ -30,7 +30,7 @@ from ..pairs.load import load_pairs
 from .results import Results, read_results
 from ..train.method import Method
 
-# %% ../../nbs/10_experiments/04_compare.ipynb #cell-004
+# %% ../../nbs/10_experiments/04_compare.ipynb #cell-005
 @dataclass(frozen=True)
 class Job:
     "One run of a comparison."
@@ -60,7 +60,7 @@ def locked(
         except OSError: raise UserError(f"another process is working in {out}; wait for it, or choose another --out") from None
         yield
 
-# %% ../../nbs/10_experiments/04_compare.ipynb #cell-005
+# %% ../../nbs/10_experiments/04_compare.ipynb #cell-010
 def start_worker(bundle: dict) -> Callable:
     "What a worker process does: load the model once, then one run a job."
     torch.set_num_threads(bundle["threads"])
@@ -94,7 +94,7 @@ def judge_base(
         raise UserError(f"the pairs have changed since {out} was begun; choose another --out, or delete it")
     return read_jsonl(folder/"samples.jsonl")
 
-# %% ../../nbs/10_experiments/04_compare.ipynb #cell-007
+# %% ../../nbs/10_experiments/04_compare.ipynb #cell-012
 def clock(
     seconds:float,
 ) -> str:
@@ -205,7 +205,7 @@ def describe(
     lines += [f"warning: {k} rows of {label} are in the training pairs" for label, k in data.overlaps().items()]
     return lines + [str(t.report) for t in (bench.train, *bench.tokens) if t.report.dropped]
 
-# %% ../../nbs/10_experiments/04_compare.ipynb #cell-009
+# %% ../../nbs/10_experiments/04_compare.ipynb #cell-014
 def as_given(
     train,      # SPEC, or pairs as an object
     evals,      # list of SPECs, or dict label[:polarity] -> SPEC or pairs

@@ -19,7 +19,7 @@ from ..judge.generalise import Generalisation, generalise, metrics
 from ..train.adapter import load_adapter, remove_adapter
 from ..train.method import Method
 
-# %% ../../nbs/10_experiments/05_evaluate.ipynb #cell-003
+# %% ../../nbs/10_experiments/05_evaluate.ipynb #cell-005
 def beside_base(
     bench:Bench,
     adapter:pd.DataFrame,   # scores of the adapter
@@ -51,7 +51,7 @@ def train_one(
         run(bench, method, config.seed, out, sample_rows(bench), show)
     return beside_base(bench, pd.read_parquet(out/"scores.parquet"), method.label, out, config.score)
 
-# %% ../../nbs/10_experiments/05_evaluate.ipynb #cell-004
+# %% ../../nbs/10_experiments/05_evaluate.ipynb #cell-006
 def read_run(
     folder:str|Path, # run folder
 ) -> tuple[str, RunConfig]: # method and configuration

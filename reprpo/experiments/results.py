@@ -19,7 +19,7 @@ from ..judge.forest import forest
 from ..judge.generalise import Generalisation, metrics
 from ..judge.report import compare_tables, markdown_report, text_table, write_report
 
-# %% ../../nbs/10_experiments/03_results.ipynb #cell-003
+# %% ../../nbs/10_experiments/03_results.ipynb #cell-005
 def finished(
     out:str|Path, # output folder of a comparison
 ) -> list[Path]:  # base, then runs
@@ -38,7 +38,7 @@ def read_scores(
         config = read_yaml(folder/"config.yaml")
         frames.append(pd.read_parquet(folder/"scores.parquet").assign(method=config["method"], seed=config["seed"]))
     order = ["base", *read_yaml(Path(out)/"config.yaml")["methods"]]
-    frames.sort(key=lambda f: (order.index(f.method[0]), f.seed[0]))
+    frames.sort(key=lambda f: (order.index(f.method.iloc[0]), f.seed.iloc[0]))
     return pd.concat(frames, ignore_index=True)
 
 def read_samples(
@@ -54,7 +54,7 @@ def read_samples(
             if "adapter" in r and name not in text: texts[r["set"]] += name + r["adapter"].strip()
     return texts
 
-# %% ../../nbs/10_experiments/03_results.ipynb #cell-004
+# %% ../../nbs/10_experiments/03_results.ipynb #cell-007
 @dataclass(frozen=True, repr=False)
 class Results:
     "What a comparison found: the scores of every row, and the tables and the picture made of them."

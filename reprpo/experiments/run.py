@@ -27,7 +27,7 @@ from ..train.method import Method
 from ..train.feed import View, make_view
 from ..train.trainer import first_batch, reference_cache, settle, train
 
-# %% ../../nbs/10_experiments/01_run.ipynb #cell-004
+# %% ../../nbs/10_experiments/01_run.ipynb #cell-005
 @dataclass(frozen=True)
 class Data:
     "Checked pairs: to train on, to validate on, to judge on."
@@ -63,7 +63,7 @@ def load_data(
     train, val = load_pairs(given.get("train", config.train)).split(0.1, seed=0)
     return replace(judged, train=train, val=val)
 
-# %% ../../nbs/10_experiments/01_run.ipynb #cell-006
+# %% ../../nbs/10_experiments/01_run.ipynb #cell-007
 @dataclass(frozen=True)
 class Bench:
     "A model with all that its runs share."
@@ -127,7 +127,7 @@ def fill_references(
     "Store what the methods' reference needs, once for all their runs; the one that needs most goes first."
     for view, c in sorted(views, key=lambda v: -len(v[0].sites)): reference_cache(bench.model, bench.train, view, c)
 
-# %% ../../nbs/10_experiments/01_run.ipynb #cell-008
+# %% ../../nbs/10_experiments/01_run.ipynb #cell-014
 def score_sets(
     model,        # the base model, or one with an adapter
     bench:Bench,
@@ -173,7 +173,7 @@ def sample_rows(
     says = continuations(bench.model, bench.tokenizer, [r["prompt"] for r in rows])
     return [r | {"base": text} for r, text in zip(rows, says)]
 
-# %% ../../nbs/10_experiments/01_run.ipynb #cell-010
+# %% ../../nbs/10_experiments/01_run.ipynb #cell-016
 def write_lines(path: Path, rows: list[dict]) -> None:
     "Rows as JSON lines."
     Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
