@@ -10,8 +10,8 @@ from importlib import import_module, metadata
 
 # %% ../nbs/00_core/05_face.ipynb #cell-005
 PUBLIC = {
-    "UserError": "reprpo.errors", "load_model": "reprpo.models", "load_pairs": "reprpo.pairs.load", "PairSpec": "reprpo.pairs.spec", "Method": "reprpo.train.method",
-    "score": "reprpo.states.score", "compare": "reprpo.experiments.compare",
+    "UserError": "reprpo.errors", "load_model": "reprpo.models", "load_pairs": "reprpo.pairs.load", "PairSpec": "reprpo.pairs.spec",
+    "Method": "reprpo.train.method", "score": "reprpo.states.score", "compare": "reprpo.experiments.compare",
 }
 
 def __getattr__(name:str):

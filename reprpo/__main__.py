@@ -8,5 +8,5 @@ __all__ = []
 # %% ../nbs/00_core/06_main.ipynb #cell-002
 from .cli import main
 
-# %% ../nbs/00_core/06_main.ipynb #cell-003
-if __name__ == "__main__": main()
+# %% ../nbs/00_core/06_main.ipynb #cell-004
+if __name__ == "__main__" and __spec__: main()

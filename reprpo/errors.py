@@ -7,7 +7,7 @@ __all__ = ['UserError', 'closest', 'nearest', 'unknown']
 
 # %% ../nbs/00_core/00_errors.ipynb #cell-002
 from difflib import SequenceMatcher
-from typing import Iterable
+from collections.abc import Iterable
 
 # %% ../nbs/00_core/00_errors.ipynb #cell-005
 class UserError(Exception):

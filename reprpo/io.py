@@ -126,8 +126,8 @@ def manifest(
     **more,        # anything else worth keeping: seconds, hashes, device
 ) -> dict:
     "What is needed to make a result again."
-    return {"command": command(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "platform": f"{platform.system()} {platform.machine()}",
-            "versions": versions(), "config": config, **more}
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"command": command(), "time": now, "platform": f"{platform.system()} {platform.machine()}", "versions": versions(), "config": config, **more}
 
 def cache_root() -> Path: # $REPRPO_CACHE, else ~/.cache/reprpo
     "Where things that can always be made again are kept."

@@ -5,10 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'METHOD_COLORS', 'method_color', 'style']
 
-# %% ../nbs/00_core/04_plots.ipynb #cell-002
-import matplotlib.pyplot as plt
-
-# %% ../nbs/00_core/04_plots.ipynb #cell-004
+# %% ../nbs/00_core/04_plots.ipynb #cell-003
 COLORS = dict(chosen="#0072B2", rejected="#D55E00", policy="#009E73", reference="#882255", null="#A6A6A6", accent="#E69F00")
 METHOD_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8A6D00", "#6A51A3")
 

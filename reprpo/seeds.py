@@ -36,5 +36,5 @@ def set_seed(
     "Seed the *global* generators of python, numpy and torch, for library code that draws from them (dropout, generation)."
     import numpy as np, torch
     random.seed(derive(seed, "python"))
-    np.random.seed(derive(seed, "numpy") % 2**32)
+    np.random.seed(derive(seed, "numpy") % 2**32)  # noqa: NPY002  (it is the global generator that is meant)
     torch.manual_seed(derive(seed, "torch"))
