@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..errors import UserError
 from ..io import append_jsonl
 from ..pairs.batch import PairBatch
 from .checks import check_gradient, check_optimised
@@ -104,14 +103,16 @@ class PairTrainer(Trainer):
 
     def floating_point_ops(self, inputs): return 0
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, torch.Tensor): self.meter.add_gradient(norm.detach(), self.state.global_step + 1)
+        return norm
+
     def log(self, logs, start_time=None):
         "Add our metrics to the Trainer's, write them down and show them."
         if "loss" not in logs: return
         now, tokens = time.time(), self.meter.tokens
         logs |= self.meter.read(lambda x: self.accelerator.reduce(x, "sum"))
-        if not logs.get("grad_norm", 0.0) < float("inf"): # NaN too
-            raise UserError(f"{self.method.label}: the gradient is not finite at step {self.state.global_step} though the loss is; "
-                            "look for a root or a logarithm at 0 in its terms")
         if self.clock is not None: logs["tokens/s"] = tokens * self.accelerator.num_processes / (now - self.clock)
         self.clock = now
         logs["passes"] = self.state.global_step * self.config.batch_size / len(self.token_set)

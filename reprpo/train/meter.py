@@ -63,7 +63,7 @@ class Meter:
     ):
         self.label, self.beta, self.where = label, beta, where
         self.names, self.sums, self.pairs, self.tokens = (), None, 0, 0
-        self.watched, self.first = (), None
+        self.watched, self.first, self.steep = (), None, None
 
     @torch.no_grad()
     def add(self,
@@ -95,12 +95,23 @@ class Meter:
         new = bad.any(-1) & (self.first[:, 0] < 0)
         self.first = torch.where(new[:, None], now, self.first)
 
+    def add_gradient(self,
+        norm:Tensor, # of the gradient, before clipping
+        step:int,    # of the optimiser
+    ) -> None:
+        "Keep the first step whose gradient was not finite, without waiting for the device."
+        now = torch.where(torch.isfinite(norm), torch.inf, float(step))
+        self.steep = now if self.steep is None else torch.minimum(self.steep, now)
+
     def check(self) -> None:
-        "Stop if anything was not finite, naming the first place in the order states, log-probs, terms, loss."
-        if self.first is None: return
-        found = [(step, i, row) for i, (step, row) in enumerate(self.first.tolist()) if step >= 0]
+        "Stop if anything was not finite, naming the first place in the order states, log-probs, terms, loss, gradient."
+        found = [(step, i, row) for i, (step, row) in enumerate(self.first.tolist()) if step >= 0] if self.first is not None else []
+        steep = self.steep.item() if self.steep is not None else torch.inf
+        step, i, row = min(found, default=(torch.inf, 0, 0))
+        if steep < step:
+            raise UserError(f"{self.label}: the gradient is not finite at step {steep:.0f} though the loss is; "
+                            "look for a root or a logarithm at 0 in its terms")
         if not found: return
-        step, i, row = min(found)
         raise UserError(f"{self.label}: {self.watched[i]} is not finite at step {step}, {self.where(row)}; "
                         "lower the learning rate, or look at that row and at the term's denominators")
 
@@ -110,5 +121,5 @@ class Meter:
         if not self.pairs: return {}
         total = reduce(torch.cat([self.sums, self.sums.new_tensor([self.pairs])])).tolist()
         means = {name: value / total[-1] for name, value in zip(self.names, total)}
-        self.sums, self.pairs, self.tokens, self.first = None, 0, 0, None
+        self.sums, self.pairs, self.tokens, self.first, self.steep = None, 0, 0, None, None
         return means
