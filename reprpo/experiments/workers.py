@@ -100,8 +100,8 @@ class Worker:
         except BrokenPipeError: line = ""
         if line: return json.loads(line)
         code = self.process.wait()
-        how = f"signal {-code}" if code < 0 else f"status {code}"
-        return {"ok": False, "error": f"its process ended with {how} (out of memory?); see {self.log}"}
+        how = f"signal {-code} (out of memory?)" if code < 0 else f"status {code}"
+        return {"ok": False, "error": f"its process ended with {how}; see {self.log}"}
 
     def close(self) -> None:
         "End the process."
