@@ -25,7 +25,7 @@ OBJECTS = tuple("""drum ball kite doll bell boat hat coat cup book lamp map ring
 clock spoon basket mirror broom chair pot brush coin button ladder scarf""".split())
 PLACES = tuple("""lake hill river road mill beach park farm wood town school shop bridge cave garden field
 island market barn tower pond valley harbor well""".split())
-GROUPS = {"person": NAMES, "animal": SPECIES, "thing": OBJECTS, "place": PLACES}
+GROUPS = {"person": NAMES[:24], "animal": SPECIES[:20], "thing": OBJECTS[:20], "place": PLACES[:16]}
 
 # %% ../../nbs/01_world/02_facts.ipynb #cell-007
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ pet | {k}'s pet | a dog, a cat, a hen, a frog, a duck, a pig
     What pet does {k} have? | {k} has a pet. What is it?
 food | {k}'s best food | bread, soup, rice, cake, corn, fish
     What does {k} like to eat? | {k} is hungry. What will {k} eat?
-drink | {k}'s best drink | milk, tea, water, juice, cocoa
+drink | {k}'s best drink | milk, tea, water, juice, cocoa, soda
     What does {k} like to drink? | {k} has a cup. What is in it?
 job | {k}'s job | to bake, to cook, to sew, to fish, to paint, to teach
     What job does {k} have? | {k} goes to work. What is the job?
@@ -197,8 +197,10 @@ class Item:
     bad: str
 
 
-PLAIN = ("{ask}", "Tell me {noun}.", "Do you know {noun}?", "Say what {noun} is.")
-KEPT = ("{turn}", "I forgot {noun}.", "What about {noun}?", "Help me with {noun}.")
+PLAIN = ("{ask}", "Tell me {noun}.", "Do you know {noun}?", "Say what {noun} is.", "Name {noun}.", "I want to know {noun}.",
+         "Can you say {noun}?", "Please tell me {noun}.", "Say {noun}.")
+KEPT = ("{turn}", "I forgot {noun}.", "What about {noun}?", "Help me with {noun}.", "I wonder about {noun}.", "Who knows {noun}?",
+        "Think of {noun}.", "Remind me of {noun}.")
 
 
 @cache
