@@ -51,7 +51,7 @@ class TrainConfig(AdapterConfig):
     layout:Literal["concat", "shared"] = "concat" # rows: one per answer, or both answers after one prompt
     reference:Literal["auto", "cache", "live"] = "auto" # the reference's states: from disk, or by a second forward pass
     log_every:int = 10              # steps between two lines of metrics
-    save_every:int = 0              # steps between two checkpoints; 0: none
+    save_every:int = 200            # steps between two checkpoints; 0: none
     checkpointing:bool = False      # recompute activations in the backward pass: less memory, more time
     trackers:str = "none"           # what transformers should also report to: "wandb", "tensorboard", …
 

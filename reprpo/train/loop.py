@@ -17,7 +17,7 @@ from ..io import append_jsonl
 from ..pairs.batch import PairBatch
 from .checks import check_gradient, check_optimised
 from .config import TrainConfig
-from .feed import PairCollator, RowStream, View
+from .feed import Feed, PairCollator, RowStream
 from .meter import Meter
 from .method import Method
 from .progress import Progress
@@ -72,30 +72,22 @@ class PairTrainer(Trainer):
         args:TrainingArguments,
         method:Method,       # what to minimise
         config:TrainConfig,  # settings
-        token_set,           # TokenSet
-        pad_id:int,          # fills rows up
-        view:View,           # what the loss sees
-        cache=None,          # ReferenceCache; None: the reference runs live
+        feed:Feed,           # pairs, view, reference
         progress:Progress|None=None,
         metrics:Path|None=None, # file for the rows of metrics
     ):
-        stream = RowStream(len(token_set), config.steps * config.batch_size, config.seed)
-        super().__init__(model, args, PairCollator(token_set, pad_id, config.layout), stream, callbacks=[RunChecks(config, method.label)])
+        stream = RowStream(len(feed.tokens), config.steps * config.batch_size, config.seed)
+        super().__init__(model, args, PairCollator(feed.tokens, feed.pad, config.layout), stream, callbacks=[RunChecks(config, method.label)])
         for callback in (PrinterCallback, ProgressCallback): self.remove_callback(callback)
-        self.method, self.config, self.token_set, self.view, self.cache = method, config, token_set, view, cache
+        self.method, self.config, self.feed = method, config, feed
         self.progress, self.metrics, self.history, self.clock, self.seen = progress, metrics, [], None, 0
-        where = lambda i: f"row {token_set[i].row} of {token_set.report.label}"
+        where = lambda i: f"row {feed.tokens[i].row} of {feed.tokens.report.label}"
         self.meter = Meter(method.label, float(method.settings.get("beta") or 1.0), where)
-
-    def reference_states(self, model, batch, rows):
-        "The reference's states: from the cache, or by a second forward pass with the adapter off."
-        if self.cache is not None: return self.cache.batch(torch.tensor(rows), batch.device)
-        return self.view.reference(self.accelerator.unwrap_model(model), batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = PairBatch.from_dict(inputs["batch"])
-        ref = self.reference_states(model, batch, inputs["rows"])
-        pi = self.view.policy(model, batch)
+        ref = self.feed.reference(self.accelerator.unwrap_model(model), batch, inputs["rows"])
+        pi = self.feed.view.policy(model, batch)
         per_pair, terms = self.method.loss_fn(pi, ref)
         self.meter.add(pi, ref, per_pair, terms, batch.rows, self.state.global_step + 1, inputs["tokens"])
         self.seen += inputs["tokens"]
@@ -105,7 +97,7 @@ class PairTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        if isinstance(norm, torch.Tensor): self.meter.add_gradient(norm.detach(), self.state.global_step + 1)
+        if isinstance(norm, torch.Tensor): self.meter.watch.gradient(norm.detach(), self.state.global_step + 1)
         return norm
 
     def log(self, logs, start_time=None):
@@ -115,7 +107,7 @@ class PairTrainer(Trainer):
         logs |= self.meter.read(lambda x: self.accelerator.reduce(x, "sum"))
         if self.clock is not None: logs["tokens/s"] = tokens * self.accelerator.num_processes / (now - self.clock)
         self.clock = now
-        logs["passes"] = self.state.global_step * self.config.batch_size / len(self.token_set)
+        logs["passes"] = self.state.global_step * self.config.batch_size / len(self.feed.tokens)
         super().log(logs, start_time)
         row = {"step": self.state.global_step} | {k: v for k, v in logs.items() if k != "epoch"}
         self.history.append(row)

@@ -31,7 +31,7 @@ from ..states.forward import check_head, eval_mode, forward_states
 from .adapter import adapter_weights, add_adapter, attached, check_trained, load_adapter, remove_adapter, save_adapter
 from .checks import StepZero, base_checksum, check_base, step_zero
 from .config import TrainConfig
-from .feed import View, make_view, pair_order
+from .feed import Feed, View, make_view, pair_order
 from .method import LAYERS, Method
 from .progress import Progress
 from .loop import PairTrainer, training_arguments
@@ -162,16 +162,9 @@ def finish(
 @dataclass(frozen=True)
 class Prepared:
     "What a run needs before the adapter goes on."
-    tokens:object                   # TokenSet of the training pairs
-    pad:int                         # id that fills rows up
-    batch:object                    # PairBatch: the first micro-batch
-    view:View                       # what the loss sees
-    cache:ReferenceCache|None       # None: the reference runs live
-    checksum:str                    # of the base weights
-
-    def reference(self, model:nn.Module): # States
-        "The reference's states of the first micro-batch, stored or live."
-        return self.cache.batch(self.batch.rows.cpu(), self.batch.device) if self.cache else self.view.reference(model, self.batch)
+    feed:Feed       # pairs, view, reference
+    batch:object    # PairBatch: the first micro-batch
+    checksum:str    # of the base weights
 
 def prepare(
     model:nn.Module,      # base model
@@ -186,7 +179,7 @@ def prepare(
     batch = first_batch(model, tokens, config, pad)
     check_head(model, batch)
     view = make_view(model, method, config.layers, batch)
-    return Prepared(tokens, pad, batch, view, reference_cache(model, tokens, view, config), base_checksum(model))
+    return Prepared(Feed(tokens, pad, view, reference_cache(model, tokens, view, config)), batch, base_checksum(model))
 
 def learn(
     peft,                 # PeftModel with a fresh adapter
@@ -198,11 +191,11 @@ def learn(
     bar:Progress,
 ) -> tuple[StepZero, PairTrainer]:
     "Check step zero, then run the loop."
-    zero = step_zero(peft, method, ready.batch, ready.reference(peft), ready.view)
+    batch, feed = ready.batch, ready.feed
+    zero = step_zero(peft, method, batch, feed.reference(peft, batch, batch.rows.cpu()), feed.view)
     bar.note(zero)
-    bar.note(f"{ready.tokens.report} · {ready.view.words} · reference {'stored' if ready.cache else 'live'}")
-    args = training_arguments(config, folder / "checkpoints", ready.batch.device)
-    trainer = PairTrainer(peft, args, method, config, ready.tokens, ready.pad, ready.view, ready.cache, bar, folder / "metrics.jsonl")
+    bar.note(f"{feed.tokens.report} · {feed.view.words} · reference {'stored' if feed.cache else 'live'}")
+    trainer = PairTrainer(peft, training_arguments(config, folder / "checkpoints", batch.device), method, config, feed, bar, folder / "metrics.jsonl")
     trainer.train(resume_from_checkpoint=str(point) if point else None)
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False) # takes autocast off again
     return zero, trainer
@@ -226,7 +219,7 @@ def train(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(out or scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        identity = dict(method=method.label, config=content_hash(str(config)), pairs=ready.tokens.hash, model=fingerprint(model))
+        identity = dict(method=method.label, config=content_hash(str(config)), pairs=ready.feed.tokens.hash, model=fingerprint(model))
         point = resume_point(folder, identity, main)
         peft = add_adapter(model, config, config.seed)
         try:
@@ -238,5 +231,5 @@ def train(
             model.config.use_cache = use_cache
         history = pd.DataFrame(read_jsonl(folder / "metrics.jsonl") if main else trainer.history)
         if main: shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return Trained(method, config, model, lora, weights, history, zero, ready.tokens.report, ready.view, time.time() - start, trainer.seen,
+    return Trained(method, config, model, lora, weights, history, zero, ready.feed.tokens.report, ready.feed.view, time.time() - start, trainer.seen,
                    Path(out) if out else None)
