@@ -12,6 +12,7 @@ import nbformat
 
 PACKAGE = "reprpo"
 CAPTIONS = {
+    ".": "Start here",
     "00_core": "Foundations",
     "01_world": "The embedded world",
     "02_pairs": "Pairs of answers",
@@ -125,7 +126,8 @@ def page(notebook, names: dict[str, list[str]]):
 def navigation(pages: list[Path]) -> str:
     "A hidden list of pages per folder, in the order of their numbers."
     blocks = []
-    for folder in sorted({path.parent for path in pages if len(path.parts) > 1}):
+    pages = [path for path in pages if path != Path("index.ipynb")]
+    for folder in sorted({path.parent for path in pages}):
         caption = CAPTIONS.get(folder.as_posix()) or folder.name.partition("_")[2].capitalize()
         rows = "\n".join(path.with_suffix("").as_posix() for path in pages if path.parent == folder)
         blocks.append(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{rows}\n```")
