@@ -47,7 +47,7 @@ clean:  ## remove .venv and what was built
 
 docs/_build/html/index.html: .venv/.dev $(NBS) $(PAGES) reprpo/_modidx.py
 	$(BIN)/python docs/prepare.py nbs docs/_pages
-	$(BIN)/sphinx-build -q -b html -j auto -W --keep-going -d docs/_build/doctrees -c docs docs/_pages docs/_build/html
+	$(BIN)/sphinx-build -q -a -b html -j auto -W --keep-going -d docs/_build/doctrees -c docs docs/_pages docs/_build/html
 	@touch $@
 
 .venv/bin/python:
