@@ -10,7 +10,6 @@ __all__ = ['DEMO', 'DEMO_SETS', 'Job', 'plan_jobs', 'locked', 'start_worker', 'd
 # %% ../../nbs/10_experiments/04_compare.ipynb #cell-002
 import os
 import pickle
-import shutil
 import sys
 import tempfile
 import time
@@ -164,7 +163,6 @@ def conduct(
     bench = prepare(shared(config), data)
     views = look(bench, parsed)
     with locked(out):
-        for stale in out.glob("runs/*/.seed-*"): shutil.rmtree(stale)
         if not (out/"config.yaml").exists(): write_yaml(out/"config.yaml", config.asdict())
         write_json(out/"sets.json", [asdict(p) for p in data.plans])
         write_json(out/"manifest.json", manifest(config.asdict(), data=bench.hashes))

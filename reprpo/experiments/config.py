@@ -43,12 +43,13 @@ class RunConfig:
     layers: Annotated[str | None, unset("LAYERS", "the method's")] = Training.layers
     max_length: Annotated[int | None, unset("N", "the model's")] = Training.max_length  # longest pair, in tokens
     on_truncate: Literal["drop", "truncate", "error"] = Training.on_truncate  # what to do with longer pairs
-    max_dropped: Annotated[float, X] = 0.05  # share of a set that may be dropped before it is an error
+    max_dropped: Annotated[float, X] = Training.max_dropped  # share of a set that may be dropped before it is an error
     device: Annotated[str, Name] = "auto"  # auto, cpu, cuda, cuda:1
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen base model
     precision: Literal["fp32", "bf16"] = Training.precision  # of training; scores are always taken in dtype
     layout: Literal["concat", "shared"] = Training.layout  # a row per answer, or both after one prompt
     checkpointing: bool = Training.checkpointing  # less memory, more time
+    save_every: Annotated[int, N] = Training.save_every  # steps between checkpoints that a killed run resumes from; 0: none
     rank: Annotated[int, N] = Training.rank  # LoRA rank
     alpha: Annotated[float, X] = Training.alpha  # LoRA alpha: its output is scaled by alpha / rank
     rslora: bool = Training.rslora  # scale by alpha / sqrt(rank)

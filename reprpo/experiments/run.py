@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Data', 'load_evals', 'load_data', 'Bench', 'without_bars', 'prepare', 'look', 'fill_references', 'score_sets',
-           'validate', 'continuations', 'sample_rows', 'write_lines', 'is_done', 'run']
+           'validate', 'continuations', 'sample_rows', 'unfinished', 'write_lines', 'is_done', 'run']
 
 # %% ../../nbs/10_experiments/01_run.ipynb #cell-002
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import pandas as pd
 import torch
 
 from .config import EvalPlan, RunConfig, plan_evals
-from ..io import append_jsonl, atomic_folder, manifest, write_json, write_yaml
+from ..io import append_jsonl, manifest, write_json, write_yaml
 from ..models import load_model
 from ..pairs.load import PairSet, load_pairs
 from ..pairs.spec import PairSpec
@@ -115,7 +116,7 @@ def look(
     "Find every method's layers in the model; one it does not have is an error."
     views = []
     for m in methods:
-        c = settle(m, Training.of(bench.config))
+        c = settle(m, Training.of(bench.config), bench.model)
         batch = first_batch(bench.model, bench.train, c, pad_id(bench.tokenizer))
         views.append((make_view(bench.model, m, c.layers, batch), c))
     return views
@@ -174,6 +175,18 @@ def sample_rows(
     return [r | {"base": text} for r, text in zip(rows, says)]
 
 # %% ../../nbs/10_experiments/01_run.ipynb #cell-016
+@contextmanager
+def unfinished(
+    out:str|Path, # run folder to make
+):
+    "The folder to work in, `.NAME.partial`: renamed to `out` at the end, and kept with its checkpoints where the run is cut short."
+    out = Path(out)
+    work = out.with_name(f".{out.name}.partial")
+    work.mkdir(parents=True, exist_ok=True)
+    yield work
+    if out.exists(): shutil.rmtree(out)
+    work.rename(out)
+
 def write_lines(path: Path, rows: list[dict]) -> None:
     "Rows as JSON lines."
     Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
@@ -195,7 +208,7 @@ def run(
     "Train, score, sample, and put it all in one folder."
     method = Method.parse(method)
     config = {"method": method.label} | bench.config.asdict() | {"seed": seed}
-    with atomic_folder(out) as folder:
+    with unfinished(out) as folder:
         trained = train(bench.model, bench.tokenizer, method, bench.data.train, Training.of(bench.config, seed=seed), folder, progress=show)
         with trained.attached() as model:
             score_sets(model, bench).to_parquet(folder/"scores.parquet")

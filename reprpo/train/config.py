@@ -48,6 +48,7 @@ class TrainConfig(AdapterConfig):
     layers:str|None = None          # which layers methods on states read; None: the method's
     max_length:int|None = None      # tokens in prompt and answer; None: what the model can take
     on_truncate:str = "drop"        # what happens to pairs that are longer (pairs.tokenize)
+    max_dropped:float = 0.05        # share of the pairs that may be dropped before it is an error
     layout:Literal["concat", "shared"] = "concat" # rows: one per answer, or both answers after one prompt
     reference:Literal["auto", "cache", "live"] = "auto" # the reference's states: from disk, or by a second forward pass
     log_every:int = 10              # steps between two lines of metrics
