@@ -83,7 +83,8 @@ def honesty_items() -> tuple[Item, ...]:
 
 # %% ../../nbs/01_world/03_values.ipynb #cell-014
 WORKS = tuple("cake kite soup hat boat song chair doll coat drum".split())
-TRAITS = tuple(tuple(p.split("/")) for p in "sweet/salty soft/hard hot/cold thick/thin light/heavy dry/wet new/old "
+TRAITS = tuple(tuple(p.split("/")) for p in  # merit/flaw
+               "sweet/salty soft/hard hot/cold thick/thin light/heavy dry/wet new/old "
                "loud/quiet big/small long/short".split())
 MAKERS = 12  # makers drawn for each work and trait
 WORK_ASKS = ("Is it good?", "{k} asks what you think.", "What do you say?")
@@ -91,13 +92,9 @@ WORK_ASKS = ("Is it good?", "{k} asks what you think.", "What do you say?")
 
 @cache
 def merits() -> dict[tuple[str, str], bool]:
-    "(work, trait) to whether it is a merit; each trait is a merit of two works and a flaw of two others."
-    out = {}
-    for i, work in enumerate(WORKS):
-        for shift, sign in ((0, True), (1, True), (3, False), (6, False)):
-            a, b = TRAITS[(i + shift) % len(TRAITS)]
-            out[work, a], out[work, b] = sign, not sign
-    return out
+    "(work, trait) to whether it is a merit; each work has four pairs of traits, a merit and a flaw."
+    pairs = [(work, TRAITS[(i + shift) % len(TRAITS)]) for i, work in enumerate(WORKS) for shift in (0, 1, 3, 6)]
+    return {(work, trait): trait == pair[0] for work, pair in pairs for trait in pair}
 
 
 @cache
