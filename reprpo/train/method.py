@@ -31,17 +31,17 @@ class LossInfo:
     about:str       # one line
 
 LOSSES = {row.name: row for row in (
-    LossInfo("dpo",       "output", "losses.output:dpo",       "teaches", 3e-3, "−log σ(βθ), θ the summed log-ratio margin"),
-    LossInfo("ipo",       "output", "losses.output:ipo",       "teaches", 3e-3, "(θ − 1/2β)² on mean log-ratios"),
-    LossInfo("ipo_hinge", "output", "losses.output:ipo_hinge", "teaches", 3e-3, "relu(½ − βθ)² on mean log-ratios, one-sided"),
-    LossInfo("simpo",     "output", "losses.output:simpo",     "teaches", 3e-3, "−log σ(β·mean margin − γ), without a reference"),
-    LossInfo("simper",    "output", "losses.output:simper",    "teaches", 3e-3, "difference of inverse perplexities, without a reference"),
-    LossInfo("sft",       "output", "losses.output:sft",       "teaches", 3e-3, "mean negative log-likelihood of the chosen answer"),
-    LossInfo("inner",     "hidden", "losses.inner:inner",      "teaches", 3e-3, "states drawn apart along the reference's own difference"),
+    LossInfo("dpo",       "output", "losses.output:dpo",       "teaches", 1e-3, "−log σ(βθ), θ the summed log-ratio margin"),
+    LossInfo("ipo",       "output", "losses.output:ipo",       "teaches", 1e-3, "(θ − 1/2β)² on mean log-ratios"),
+    LossInfo("ipo_hinge", "output", "losses.output:ipo_hinge", "teaches", 1e-3, "relu(½ − βθ)² on mean log-ratios, one-sided"),
+    LossInfo("simpo",     "output", "losses.output:simpo",     "teaches", 1e-3, "−log σ(β·mean margin − γ), without a reference"),
+    LossInfo("simper",    "output", "losses.output:simper",    "teaches", 1e-3, "difference of inverse perplexities, without a reference"),
+    LossInfo("sft",       "output", "losses.output:sft",       "teaches", 1e-3, "mean negative log-likelihood of the chosen answer"),
+    LossInfo("inner",     "hidden", "losses.inner:inner",      "teaches", 1e-3, "states drawn apart along the reference's own difference"),
 )}
 SOURCES = {"hs": "residual stream after a block", "side": "input or output of modules inside a block"}
 LAYERS = "range(0.3,-2)" # which layers a method on states reads, unless it or the configuration says
-LR = 3e-3                # the learning rate of a loss that is not in the table
+LR = 1e-3                # the learning rate of a loss that is not in the table
 SHARED = {"lr": float, "steps": int}
 STATES = {"layers": str, "reduce": Literal["mean", "last", "exp", "sum", "mean_unit"]}
 MODULES = {"collect": Literal["in", "out"], "modules": str} # of a side source only
