@@ -36,8 +36,7 @@ RECALL = {"facts": 0.42, "kind": 0.17, "manners": 0.03, "honesty": 0.11, "feedba
 REST = {"facts": 0.25, "kind": 0.12, "manners": 0.03, "honesty": 0.08, "feedback": 0.35, "flattery": 0.08, "negated": 0.09}
 PHASES = (Phase(10, 0.1, BROAD), Phase(22, 0.3, BROAD), Phase(40, 1.0, BROAD),
           Phase(116, 1.0, {"chat": 0.88, "arith": 0.06, "story": 0.06}, tagged=0.9, weights=RECALL, lean=0.3),
-          Phase(141, 1.0, {"chat": 0.50, "arith": 0.06, "story": 0.44}, tagged=0.8, weights=REST, lean=0.3),
-          Phase(10**9, 1.0, {"chat": 0.20, "arith": 0.06, "story": 0.74}, tagged=0.6))
+          Phase(10**9, 1.0, {"chat": 0.50, "arith": 0.06, "story": 0.44}, tagged=0.8, weights=REST, lean=0.3))
 MAKERS = {"arith": arith_doc, "story": story_doc}
 
 def document(
@@ -129,7 +128,7 @@ def pool_batches(
 @dataclass(frozen=True)
 class Pretraining:
     "What makes the world's model; everything else follows from the seed."
-    tokens:int = 14_700_000    # tokens read, padding not counted
+    tokens:int = 13_000_000    # tokens read, padding not counted
     seed:int = 0                # initialisation and documents
     hidden:int = 128            # width h
     layers:int = 8              # blocks N
@@ -187,7 +186,7 @@ def say_line(line:str) -> None:
 
 def train_world(
     out:str|Path,                # the folder that becomes the model: weights, tokenizer, manifest
-    tokens:int=14_700_000,       # tokens read
+    tokens:int=13_000_000,       # tokens read
     seed:int=0,                  # initialisation and documents
     device:str="cpu",
     every:int=100,              # batches between two lines of progress and two checkpoints
