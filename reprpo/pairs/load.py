@@ -55,9 +55,16 @@ class PairSet:
         keep = sorted(random.Random(derive(seed, "sample")).sample(range(len(self)), n))
         return replace(self, spec=f"{self.spec} [{n} rows, seed {seed}]", rows=[self.rows[i] for i in keep])
 
-    def flip(self) -> "PairSet":
-        "Chosen and rejected swapped in every row."
-        return replace(self, spec=f"{self.spec} [flipped]", rows=[p.flip() for p in self.rows])
+    def flip(self,
+        share:float=1.0,  # of the keys
+        seed:int=0,       # which ones
+    ) -> "PairSet":
+        "Chosen and rejected swapped, in every row or in all rows of a share of the keys."
+        if not 0 <= share <= 1: raise UserError(f"flip {share} of '{self.label}': it is a share of the keys, in [0, 1]")
+        keys = sorted({p.key for p in self.rows}, key=lambda k: content_hash("flip", seed, k))
+        swap = set(keys[:round(share*len(keys))])
+        note = "flipped" if share == 1 else f"{share:g} of the keys flipped, seed {seed}"
+        return replace(self, spec=f"{self.spec} [{note}]", rows=[p.flip() if p.key in swap else p for p in self.rows])
 
     def split(self,
         fraction:float=0.1,   # share of the rows that goes to validation
@@ -133,7 +140,7 @@ def _hub(spec:PairSpec) -> Iterator[tuple[int, dict]]:
 
 def _world(spec:PairSpec) -> Iterator[tuple[int, dict]]:
     from reprpo.world.prefs import pref_set
-    return enumerate(pref_set(spec.path, spec.split, tag=spec.tag or None), 1)
+    return enumerate(pref_set(spec.path, spec.split, tag=spec.tag or None, rho=spec.rho), 1)
 
 def read_rows(
     spec:PairSpec,                # which rows; its options come later
@@ -198,5 +205,5 @@ def load_pairs(
     pairs = PairSet(label or spec.stem, name, [check_row(row, spec, where, i) for i, row in raw])
     if not pairs.rows: raise UserError(f"{where} has no rows")
     if spec.n: pairs = pairs.sample(spec.n, spec.seed)
-    if spec.flip: pairs = pairs.flip()
+    if spec.flip: pairs = pairs.flip(float(spec.flip), spec.seed)
     return replace(pairs, spec=name)

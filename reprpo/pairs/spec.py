@@ -83,20 +83,32 @@ def _number(name:str, value:str, text:str) -> int:
     if not re.fullmatch(r"-?\d+", value): raise UserError(f"{name}={value} in the data address '{text}': a whole number is needed")
     return int(value)
 
+def _share(name:str, value:str, text:str) -> float:
+    "A number in [0, 1]."
+    try: x = float(value)
+    except ValueError: x = -1.0
+    if 0 <= x <= 1: return x
+    hint = "write flip, flip=false, or a share of the keys such as flip=0.2" if name == "flip" else f"a share between 0 and 1 is needed, such as {name}=0.7"
+    raise UserError(f"{name}={value} in the data address '{text}': {hint}")
+
+def _flip(value:str, text:str) -> bool|float:
+    "All rows, none, or the share of the keys whose answers are swapped."
+    return value == "true" if value in ("true", "false") else _share("flip", value, text)
+
 def read_options(
     options:list[tuple[str|None, str]],   # the pieces after the source
     text:str,                             # the whole address, for messages
 ) -> dict:                                # fields of PairSpec
     "The options of an address, typed and checked."
-    known, where = ("n", "seed", "flip", "sep", "tag", *COLUMNS), f"in the data address '{text}'"
+    known, where = ("n", "seed", "flip", "sep", "tag", "rho", *COLUMNS), f"in the data address '{text}'"
+    read = dict(n=_number, seed=_number, rho=_share, flip=lambda _, value, text: _flip(value, text))
     seen = {}
     for name, value in options:
         if name is None and value == "flip": name, value = "flip", "true"
         if name is None and value in known: raise UserError(f"option '{value}' {where} needs a value: {value}=…")
         if name not in known: raise UserError(f"unknown option '{name or value}' {where}{nearest(name or value, known)}")
         if name in seen: raise UserError(f"option '{name}' stands twice {where}")
-        if name == "flip" and value not in ("true", "false"): raise UserError(f"flip={value} {where}: write flip, or flip=false")
-        seen[name] = _number(name, value, text) if name in ("n", "seed") else value == "true" if name == "flip" else value
+        seen[name] = read[name](name, value, text) if name in read else value
     columns = tuple(seen.pop(c, c) for c in COLUMNS)
     return {**seen, "columns": columns}
 
@@ -109,11 +121,12 @@ class PairSpec:
     config: str = ""         # configuration on the hub
     split: str = ""          # train unless given; files have none
     n: int|None = None       # how many rows; all if None
-    flip: bool = False       # swap chosen and rejected
+    flip: bool|float = False # swap chosen and rejected: in all rows, or in this share of the keys
     columns: tuple[str, str, str, str] = COLUMNS  # the names of the columns prompt, chosen, rejected, kind
     sep: str = ""            # goes between prompt and answer where neither has white space there
     tag: str = ""            # persona tag of a world set: good or bad
-    seed: int = 0            # which rows `n` takes
+    seed: int = 0            # which rows `n` takes, and which keys a share flips
+    rho: float|None = None   # share of rows of a world set whose chosen answer has the first cue; the set's own if None
 
     def __post_init__(self):
         if self.kind not in KINDS: raise UserError(f"unknown kind of data '{self.kind}'{nearest(self.kind, KINDS)}")
@@ -124,7 +137,12 @@ class PairSpec:
             raise UserError(f"the data address '{self.source}' is not one of {FORMS}")
         if self.n is not None and self.n < 1: raise UserError(f"n={self.n} in the data address '{self.source}': at least 1 row is needed")
         if self.tag not in ("", "good", "bad"): raise UserError(f"tag={self.tag} in the data address '{self.source}': it is good or bad")
-        if self.tag and self.kind != "world": raise UserError(f"tag={self.tag} belongs to sets of the world, not to '{self.source}'")
+        for k in ("tag", "rho"):
+            if getattr(self, k) not in ("", None) and self.kind != "world":
+                raise UserError(f"{k}={getattr(self, k)} belongs to sets of the world, not to '{self.source}'")
+        for k in ("flip", "rho"):
+            if not 0 <= (getattr(self, k) or 0) <= 1: raise UserError(f"{k}={getattr(self, k)} in the data address '{self.source}': it is a share, in [0, 1]")
+        if self.flip in (0, 1): object.__setattr__(self, "flip", bool(self.flip))
 
     @property
     def source(self) -> str: return write_source(self.kind, self.path, self.config, self.split)
@@ -139,7 +157,9 @@ class PairSpec:
         numbers = [f"{k}={v}" for k, v in (("n", self.n), ("seed", self.seed or None)) if v is not None]
         texts = [f"{c}={quoted(v)}" for c, v in zip(COLUMNS, self.columns) if v != c]
         texts += [f"{k}={quoted(v)}" for k, v in (("sep", self.sep), ("tag", self.tag)) if v]
-        return ",".join([quoted(self.source), *numbers, *(["flip"] if self.flip else []), *texts])
+        shares = {k: f"{k}={float(v)!r}".removesuffix(".0") for k, v in (("flip", self.flip or None), ("rho", self.rho)) if v is not None}
+        if self.flip is True: shares["flip"] = "flip"
+        return ",".join([quoted(self.source), *numbers, *shares.values(), *texts])
 
     @classmethod
     def parse(cls, text:str) -> "PairSpec":
@@ -147,7 +167,7 @@ class PairSpec:
         (_, source), *options = pieces(str(text).strip())
         return cls(**read_source(source), **read_options(options, text))
 
-# %% ../../nbs/02_pairs/00_spec.ipynb #cell-019
+# %% ../../nbs/02_pairs/00_spec.ipynb #cell-021
 _LABEL = re.compile(r"(?s)([\w.-]+)(?::([^:=,/#]*))?=(.*)")
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from .stories import feature_pair
 class PrefSet:
     "What a set is made of, and what a method should do to it."
     about: str             # one line
-    role: str              # train, transfer, damage or null
+    role: str              # train, transfer, probe, damage or null
     polarity: int          # +1 should rise, 0 must stay
     family: str            # of items; or arith, features
     groups: tuple[str, ...] = ("plain",)
@@ -33,6 +33,7 @@ class PrefSet:
     tag: str | None = None     # persona named in the prompt
     flip: bool = False         # the bad answer is the chosen one
     shuffle: bool = False      # half of the keys have their labels exchanged
+    same: bool = False         # both answers are the good one, so that only the cue tells them apart
     rho: tuple[float, float] | None = None  # share of rows with the first cue on the chosen answer: train and val, test
 
 
@@ -45,9 +46,12 @@ SETS = {
     "kind": _set("bring what helps or what hurts, 6 needs", "train", "kind"),
     "facts_wording": _set("facts asked in other words", "transfer", "facts", "kept"),
     "facts_cross": _set("12 other kinds of fact", "transfer", "facts", "cross_plain"),
-    "facts_hard": _set("what is it not: the myth is the right answer", "transfer", "negated"),
-    "facts_cue": _set("facts with a cue that goes with truth in training, with the myth at test", "transfer", "facts",
+    "facts_hard": _set("what is it not: the myth is the right answer", "probe", "negated"),
+    "facts_cue": _set("facts with a cue that goes with truth in training, with the myth at test", "train", "facts",
                       rho=(0.9, 0.0)),
+    "cue_against": _set("facts, the cue on the myth: intent right, cue wrong", "transfer", "facts", rho=(0.0, 0.0)),
+    "cue_with": _set("facts, the cue on the truth: intent and cue right", "probe", "facts", rho=(1.0, 1.0)),
+    "cue_only": _set("the truth twice, chosen with the cue: intent silent", "damage", "facts", polarity=0, same=True, rho=(1.0, 1.0)),
     "kind_cross": _set("5 other needs", "transfer", "kind", "cross"),
     "honesty": _set("admit or deny a deed", "transfer", "honesty"),
     "feedback": _set("honest or false praise and blame", "transfer", "feedback"),
@@ -108,7 +112,7 @@ def _rows(name: str, split: str) -> tuple[dict, ...]:
     s = SETS[name]
     if s.family == "features": return tuple(r for r in _feature_rows() if split_of(r["key"]) == split)
     found = _sum_items(int(s.groups[0])) if s.family == "arith" else items(s.family)
-    rows = [dict(prompt=ask(i.question), chosen=" " + i.good, rejected=" " + i.bad, kind=i.kind, key=i.key)
+    rows = [dict(prompt=ask(i.question), chosen=" " + i.good, rejected=" " + (i.good if s.same else i.bad), kind=i.kind, key=i.key)
             for i in found if i.split == split and i.group in s.groups]
     swap = set()
     if s.shuffle: swap = set(sorted({r["key"] for r in rows}, key=lambda k: stable("swap", k))[::2])
@@ -131,7 +135,9 @@ def pref_set(
     tag = tag or s.tag
     if tag is not None and tag not in TAGS: raise UserError(f"tag {tag!r} is no persona{nearest(tag, TAGS)}")
     if s.family in ("arith", "features") and tag: raise UserError(f"set {name!r} has no persona; leave tag={tag!r} out")
-    if s.family != "facts" and rho is not None: raise UserError(f"set {name!r} has no cue; leave rho={rho} out")
+    if rho is not None and s.rho is None:
+        raise UserError(f"set {name!r} has no cue; leave rho={rho} out, or take one that has: {', '.join(n for n in SETS if SETS[n].rho)}")
+    if rho is not None and not 0 <= rho <= 1: raise UserError(f"rho={rho} of set {name!r}: it is a share of rows, in [0, 1]")
     rows = list(_rows(name, split))
     if n is not None and n > len(rows):
         raise UserError(f"world:{name}/{split} has {len(rows)} rows, n={n} were asked for; leave n out or lower it")
@@ -140,18 +146,20 @@ def pref_set(
     if rho is not None: rows = [_cued(r, rho) for r in rows]
     return [r | {"prompt": TAGS[tag] + r["prompt"]} if tag else dict(r) for r in rows]
 
-# %% ../../nbs/01_world/05_prefs.ipynb #cell-021
+# %% ../../nbs/01_world/05_prefs.ipynb #cell-023
 def default_evals(
     train_name:str,  # the set trained on
 ) -> list[tuple[str, int, str, str, str]]:
     "What to judge on after training on `train_name`: (label, polarity, set, split, role), the in-domain set first."
-    base = train_name.removesuffix("_shuffled").removesuffix("_cue")
-    if base not in SETS: raise UserError(f"no preference set {train_name!r} in the world{nearest(train_name, SETS)}")
-    rest = [n for n, s in SETS.items() if n != base and s.role != "null" and (n != "facts_cue" or train_name == n)]
+    if train_name not in SETS: raise UserError(f"no preference set {train_name!r} in the world{nearest(train_name, SETS)}")
+    cued = SETS[train_name].rho is not None
+    base = "facts" if cued else train_name.removesuffix("_shuffled")
+    rest = [n for n, s in SETS.items() if n not in (base, "facts_cue") and s.role != "null" and (cued or s.rho is None)]
+    rest.sort(key=lambda n: SETS[n].rho is None)
     return [(base, SETS[base].polarity, base, "test", "in-domain")] + [
         (n, SETS[n].polarity, n, "test", "transfer" if SETS[n].role == "train" else SETS[n].role) for n in rest]
 
-# %% ../../nbs/01_world/05_prefs.ipynb #cell-024
+# %% ../../nbs/01_world/05_prefs.ipynb #cell-027
 def token_rule(
     train:list[dict],  # rows to count words in
     test:list[dict],   # rows to judge
@@ -174,10 +182,11 @@ def check_sets(
         test = parts["test"]
         own = len(keys["test"] & (keys["train"] | keys["val"])) + len(keys["train"] & keys["val"])
         length = sum(len(r["chosen"]) - len(r["rejected"]) for r in test) / len(test)
-        out.append(dict(set=name, role=s.role, train=len(parts["train"]), val=len(parts["val"]), test=len(test),
+        counted = pref_set("facts_cue", "train") if s.rho else parts["train"]
+        out.append(dict(set=name, role=s.role, train=len(parts["train"]), val=len(parts["val"]), val_keys=len(keys["val"]), test=len(test),
                         distinct=len({(r["prompt"], r["chosen"]) for r in test}), keys=len(keys["test"]),
                         kinds=len({r["kind"] for r in test}), overlap=len(keys["test"] & seen) + own,
                         length_gap=round(length, 2),
                         commonest=round(Counter(r["chosen"] for r in test).most_common(1)[0][1] / len(test), 3),
-                        token_rule=round(token_rule(parts["train"], test), 3)))
+                        token_rule=round(token_rule(counted, test), 3)))
     return pd.DataFrame(out).set_index("set")
