@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_SEEDS', 'MIN_CLUSTERS', 'MAX_EXACT', 'RANDOM_FLIPS', 'Estimate', 'draw_counts', 'cluster_codes', 'row_variance',
-           'check_values', 'crossed_interval', 'sign_flip', 'benjamini_hochberg', 'tost', 'mde']
+           'interaction_variance', 'check_values', 'crossed_interval', 'sign_flip', 'benjamini_hochberg', 'tost', 'mde']
 
 # %% ../../nbs/09_judge/00_stats.ipynb #cell-002
 from dataclasses import dataclass
@@ -93,6 +93,17 @@ def row_variance(
     return float(((means - values.mean()) ** 2).mean() * c / (c - 1)), c - 1
 
 # %% ../../nbs/09_judge/00_stats.ipynb #cell-016
+def interaction_variance(
+    values: Float[np.ndarray, "s n"],  # one set, at least 2 seeds
+    codes: Int[np.ndarray, " n"],  # resampling unit of each row
+) -> float:
+    "Variance of the mean that comes from single units in single seeds; in the seeds' part and in the rows' part alike."
+    (s, n), c = values.shape, codes.max() + 1
+    rest = values - values.mean(1, keepdims=True)
+    shares = np.bincount((codes + c * np.arange(s)[:, None]).ravel(), rest.ravel(), s * c).reshape(s, c) / n
+    return float(((shares - shares.mean(0)) ** 2).sum() * c / ((c - 1) * (s - 1) * s))
+
+# %% ../../nbs/09_judge/00_stats.ipynb #cell-020
 def check_values(values) -> Float[np.ndarray, "s n"]:
     "The values as a finite matrix of seeds × rows, or a one-line error."
     values = np.atleast_2d(np.asarray(values, dtype=float))
@@ -104,16 +115,16 @@ def check_values(values) -> Float[np.ndarray, "s n"]:
             f"value of seed {bad[0, 0]}, row {bad[0, 1]} is not finite ({len(bad)} in all); find the run that made it")
     return values
 
-# %% ../../nbs/09_judge/00_stats.ipynb #cell-017
+# %% ../../nbs/09_judge/00_stats.ipynb #cell-021
 def _row_part(
     values: Float[np.ndarray, "s n"],  # all sets
     clusters,  # (n) kinds, or None
     groups: Int[np.ndarray, " n"],  # set of each row, 0 … g−1
     n_boot: int,  # replicates
     rng: np.random.Generator,
-) -> tuple[Float[np.ndarray, " s"], list[tuple[float, int]], str, str]:
-    "Each seed's mean over sets; each set's variance share and degrees of freedom; the unit; the notes."
-    means, shares, units, notes = [], [], set(), {}
+) -> tuple[Float[np.ndarray, " s"], list[tuple[float, int]], float, str, str]:
+    "Each seed's mean over sets; each set's variance share and degrees of freedom; the interaction; the unit; the notes."
+    means, shares, both, units, notes = [], [], 0.0, set(), {}
     g = groups.max() + 1
     for mine in (groups == i for i in range(g)):
         if mine.sum() < 2:
@@ -122,11 +133,12 @@ def _row_part(
         variance, df = row_variance(values[:, mine], codes, n_boot, rng)
         means.append(values[:, mine].mean(1))
         shares.append((variance / g**2, df))
+        both += interaction_variance(values[:, mine], codes) / g**2 if len(values) > 1 else 0.0
         units.add(unit)
         notes[note] = True
-    return np.mean(means, 0), shares, units.pop() if len(units) == 1 else "mixed", "; ".join(filter(None, notes))
+    return np.mean(means, 0), shares, both, units.pop() if len(units) == 1 else "mixed", "; ".join(filter(None, notes))
 
-# %% ../../nbs/09_judge/00_stats.ipynb #cell-019
+# %% ../../nbs/09_judge/00_stats.ipynb #cell-023
 def crossed_interval(
     values: Float[np.ndarray, "s n"],  # one line per seed, one column per row; differences for a comparison
     clusters=None,  # (n) kind of each row, drawn as a whole; None: rows
@@ -143,17 +155,18 @@ def crossed_interval(
     if len(groups) != n or (clusters is not None and len(clusters) != n):
         raise UserError(f"{n} rows need {n} cluster and group labels; got "
                         f"{'no' if clusters is None else len(clusters)} cluster and {len(groups)} group labels")
-    per_seed, shares, unit, note = _row_part(values, clusters, groups, n_boot, np.random.default_rng(seed))
-    if s > 1:
-        shares.append((float(per_seed.var(ddof=1)) / s, s - 1))
-    variance = float(sum(v for v, _ in shares))
+    per_seed, shares, both, unit, note = _row_part(values, clusters, groups, n_boot, np.random.default_rng(seed))
+    rows = sum(v for v, _ in shares)
+    seeds = float(per_seed.var(ddof=1)) / s if s > 1 else 0.0
+    shares.append((seeds, max(s - 1, 1)))
+    variance = float(rows + seeds - min(both, rows, seeds))
     spread = float(sum(v**2 / df for v, df in shares))
     df = variance**2 / spread if spread else float("inf")
     value, se = float(per_seed.mean()), float(variance**0.5)
     half = float(stats.t.ppf(0.5 + level / 2, df)) * se
     return Estimate(value, value - half, value + half, se, n, s, df, unit, note, tuple(map(float, per_seed)))
 
-# %% ../../nbs/09_judge/00_stats.ipynb #cell-034
+# %% ../../nbs/09_judge/00_stats.ipynb #cell-038
 MAX_EXACT = 16
 RANDOM_FLIPS = 100_000
 
@@ -174,7 +187,7 @@ def sign_flip(
     sums = np.abs((1 - 2 * flips) @ x)
     return float((sums >= abs(x.sum()) - 1e-9 * np.abs(x).sum()).mean())
 
-# %% ../../nbs/09_judge/00_stats.ipynb #cell-038
+# %% ../../nbs/09_judge/00_stats.ipynb #cell-042
 def benjamini_hochberg(
     p,  # p values of one family, any shape; NaN: not tested
 ) -> Float[np.ndarray, "..."]:
@@ -190,7 +203,7 @@ def benjamini_hochberg(
     q[~np.isnan(p)] = found
     return q
 
-# %% ../../nbs/09_judge/00_stats.ipynb #cell-042
+# %% ../../nbs/09_judge/00_stats.ipynb #cell-046
 def tost(
     estimate: Estimate,  # difference, with its standard error and degrees of freedom
     margin: float = 2.0,  # half-width of what counts as no difference, unit of the estimate
