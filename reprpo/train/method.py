@@ -24,7 +24,7 @@ from ..errors import UserError, unknown
 class LossInfo:
     "One row of the table of losses."
     name:str        # the loss's name inside a method string
-    group:str       # "output" (log-probabilities only) or "hidden" (needs states)
+    group:str       # "output" (log-probabilities only); "hidden" and "control" need states
     where:str       # "module:function" under reprpo
     step_zero:str   # "teaches" or "regulariser", with the default options
     lr:float        # its learning rate on the embedded world, LoRA rank 8, batches of 8
@@ -38,11 +38,16 @@ LOSSES = {row.name: row for row in (
     LossInfo("simper",    "output", "losses.output:simper",    "teaches", 1e-3, "difference of inverse perplexities, without a reference"),
     LossInfo("sft",       "output", "losses.output:sft",       "teaches", 1e-3, "mean negative log-likelihood of the chosen answer"),
     LossInfo("inner",     "hidden", "losses.inner:inner",      "teaches", 1e-3, "states drawn apart along the reference's own difference"),
+    LossInfo("prefvec",   "hidden", "losses.prefvec:prefvec",  "teaches", 1e-3, "weighted terms on the same difference, beside dpo"),
+    LossInfo("mse",       "hidden", "losses.mse:mse",          "teaches", 1e-3, "rejected states rerouted onto the reference's chosen ones"),
+    LossInfo("retain",    "control", "losses.controls:retain", "teaches", 1e-3, "dpo, and a price on any change of the states' difference"),
+    LossInfo("random",    "control", "losses.controls:random", "teaches", 1e-3, "inner, along random directions of the same covariance"),
+    LossInfo("swapped",   "control", "losses.controls:swapped", "teaches", 1e-3, "inner, along another pair's difference"),
 )}
 SOURCES = {"hs": "residual stream after a block", "side": "input or output of modules inside a block"}
 LAYERS = "range(0.3,-2)" # which layers a method on states reads, unless it or the configuration says
 LR = 1e-3                # the learning rate of a loss that is not in the table
-SHARED = {"lr": float, "steps": int}
+SHARED = {"lr": float, "steps": int, "repeat": int}
 STATES = {"layers": str, "reduce": Literal["mean", "last", "exp", "sum", "mean_unit"]}
 MODULES = {"collect": Literal["in", "out"], "modules": str} # of a side source only
 
@@ -129,6 +134,7 @@ class Method:
     reduce:str = "mean"                          # how a completion's tokens become one vector
     lr:float|None = None                         # learning rate of this method's own
     steps:int|None = None                        # number of steps of this method's own
+    repeat:int = 0                               # 1, 2, …: the same again, under seeds of its own
 
     @property
     def needs_states(self) -> bool: return self.source is not None
@@ -189,7 +195,7 @@ def split_name(
     parts = name.split("-")
     if len(parts) != 3 or parts[0] not in SOURCES: raise unknown("method", name, method_names())
     source, transform, loss = parts
-    hidden = [r.name for r in LOSSES.values() if r.group == "hidden"]
+    hidden = [r.name for r in LOSSES.values() if r.group != "output"]
     known = import_module("reprpo.transforms.base").TRANSFORMS
     if transform not in known: raise unknown(f"transform in '{name}'", transform, known)
     if loss not in hidden: raise unknown(f"hidden-state loss in '{name}'", loss, hidden)
@@ -212,7 +218,8 @@ def from_string(
     own, extra = {k: v[0] for k, v in loss_options(loss).items()}, transform_kinds(transform)
     seen = (STATES if source else {}) | (MODULES if source == "side" else {})
     values = read_options(rest, extra | own | seen | SHARED, name)
-    more = {k: values[k] for k in ("layers", "collect", "reduce", "lr", "steps") if k in values and k not in own}
+    more = {k: values[k] for k in ("layers", "collect", "reduce", *SHARED) if k in values and k not in own}
+    if more.get("repeat", 0) < 0: raise UserError(f"{text}: repeat={more['repeat']}: the number of a repetition is 0, 1, 2, …")
     if "modules" in values: more["modules"] = tuple(values["modules"].split("|"))
     method = Method(text, name.strip(), loss, {k: v for k, v in values.items() if k in own}, source, transform,
                     {k: v for k, v in values.items() if k in extra and k not in own}, **more)
