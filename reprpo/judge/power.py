@@ -217,7 +217,8 @@ class Measured:
     def __str__(self) -> str:
         e = self.estimate
         return (f"{self.method} against {self.against}: {e} points, {e.seeds} seeds, {self.rows} rows, {self.kinds} kinds; "
-                f"spread in points: {self.noise}; could have found {mde(e.se, e.df):.1f} points")
+                f"spread in points: {self.noise}; could have found {mde(e.se, e.df):.1f} points"
+                + (f" (demonstration: a verdict needs {MIN_SEEDS} seeds)" if e.demonstration else ""))
 
 
 def effective_kinds(
