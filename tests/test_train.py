@@ -8,7 +8,8 @@ from reprpo.errors import UserError
 from reprpo.train.checks import base_checksum
 from reprpo.train.trainer import train
 
-METHODS = ["dpo", "ipo", "ipo_hinge", "simpo", "simper", "sft", "hs-none-inner:layers=[1,2]", "side-none-inner:layers=1"]
+METHODS = ["dpo", "ipo", "ipo_hinge", "simpo", "simper", "sft", "hs-none-inner:layers=[1,2]", "side-none-inner:layers=1",
+           "hs-none-prefvec:layers=1", "hs-none-mse:layers=1", "hs-none-retain:layers=1", "hs-none-random:layers=1", "hs-none-swapped:layers=1"]
 
 
 @pytest.fixture(autouse=True)
