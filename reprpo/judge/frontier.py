@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['crossing', 'only', 'kl_paths', 'common_kl', 'at_kl', 'at_accuracy', 'frontier_frame', 'mean_curve', 'apart',
-           'draw_frontier', 'frontier_plot']
+           'kl_ticks', 'draw_frontier', 'frontier_plot']
 
 # %% ../../nbs/09_judge/05_frontier.ipynb #cell-002
 from collections.abc import Callable
@@ -205,6 +205,17 @@ def apart(
     return out
 
 
+def kl_ticks(
+    most: float,  # nats per token
+) -> list[float]:
+    "Round values of KL that stand apart on an axis of its root."
+    ticks = [0.0]
+    for t in (a * 10.0**b for b in range(-9, 4) for a in (1, 2, 5)):
+        if t <= most and (t / most) ** 0.5 - (ticks[-1] / most) ** 0.5 > 0.1:
+            ticks.append(t)
+    return ticks
+
+
 def draw_frontier(
     ax: Axes,
     runs: pd.DataFrame,  # lines of frontier_frame of one method
@@ -238,10 +249,9 @@ def frontier_plot(
     far = 1.03 * np.sqrt(frame.kl.max())
     if target is not None:
         ax.axvline(target**0.5, color=COLORS["null"], ls=":", lw=1.5, zorder=0)
-    ticks = [t for t in (0, *(a * 10.0**b for b in range(-8, 4) for a in (1, 2, 5))) if t**0.5 <= far]
-    keep = [t for k, t in enumerate(ticks) if t == 0 or (t**0.5 > 0.09 * far and (k == len(ticks) - 1 or ticks[k + 1] ** 0.5 - t**0.5 > 0.06 * far))]
+    ticks = kl_ticks(far**2)
     ax.set_xlim(0, far)
-    ax.set_xticks([t**0.5 for t in keep], [f"{t:g}" for t in keep])
+    ax.set_xticks([t**0.5 for t in ticks], [f"{t:g}" for t in ticks])
     low, high = ax.get_ylim()
     for (x, y), h, m in zip(ends, apart([y for _, y in ends], (high - low) * 0.3 / max(2.8, 0.3 * len(names))), ink):
         ax.annotate(stacked(m), (x, y), (1.04 * far, h), color=ink[m], fontsize=8, va="center", annotation_clip=False,

@@ -53,13 +53,12 @@ def batched(
     batch_size:int,           # at most
 ) -> Iterator[list[Generation]]:
     "Generations of similar length together, so that little is computed on padding."
+    size = lambda g: len(g.prompt_ids) + len(g.new_ids)
     some = []
-    for g in sorted(generations, key=lambda g: len(g.prompt_ids) + len(g.new_ids)):
-        n = len(g.prompt_ids) + len(g.new_ids)
-        if some and (len(some) == batch_size or n > 1.25*shortest):
+    for g in sorted(generations, key=size):
+        if some and (len(some) == batch_size or size(g) > 1.25*size(some[0])):
             yield some
             some = []
-        if not some: shortest = n
         some.append(g)
     if some: yield some
 

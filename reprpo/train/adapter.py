@@ -147,7 +147,7 @@ def scaled(
     if not layers: raise UserError("the model carries no adapter, so there is nothing to scale; put one on with add_adapter or load_adapter")
     if not math.isfinite(s): raise UserError(f"scale {s}: it must be a finite number")
     if any(m.merged for m in layers): raise UserError("an adapter is merged into the weights, where it can't be scaled; load it without merging it")
-    if any(getattr(m, "lora_variant", None) for m in layers): raise UserError("only plain LoRA and rsLoRA are linear in the scale; DoRA and other variants can't be scaled")
+    if any(getattr(m, "lora_variant", None) for m in layers): raise UserError("only LoRA and rsLoRA are linear in the scale; DoRA and its like can't be scaled")
     before = [dict(m.scaling) for m in layers]
     try:
         for m in layers: m.scaling.update({name: s*x for name, x in m.scaling.items()})
