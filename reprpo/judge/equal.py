@@ -10,7 +10,6 @@ __all__ = ['STATUSES', 'check_status', 'floors', 'picked', 'sink', 'break_table'
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pandas as pd
 
 from ..errors import UserError, nearest
@@ -31,8 +30,8 @@ def check_status(
     for run, word in (status or {}).items():
         if word not in STATUSES:
             raise UserError(f"method {run[0]}, seed {run[1]}: unknown status '{word}'{nearest(word, STATUSES)}")
-        if tuple(run) not in runs:
-            raise UserError(f"status of method {run[0]}, seed {run[1]}, which was not scored; score the run or leave its status out")
+        if tuple(run) not in runs and word != "broken":
+            raise UserError(f"method {run[0]}, seed {run[1]} is {word} and was not scored; score the run or leave its status out")
     return {tuple(run) for run, word in (status or {}).items() if word == "broken" and run[0] != "base"}
 
 
@@ -58,9 +57,12 @@ def sink(
     sets: pd.DataFrame,  # label, polarity
     broken: set[tuple[str, int]],  # runs
 ) -> pd.DataFrame:
-    "The rows with the outcomes of broken runs replaced by their floor; log-probs and margins stay as they were."
+    "The rows with the outcomes of broken runs at their floor; a broken run without scores borrows the base's rows."
     if not broken:
         return rows
+    scored = set(map(tuple, rows[["method", "seed"]].drop_duplicates().to_numpy()))
+    base = rows[rows.method == "base"]
+    rows = pd.concat([rows, *(base.assign(method=m, seed=s) for m, s in sorted(broken - scored))], ignore_index=True)
     low = rows["set"].map(floors(rows, sets))
     return rows.assign(correct=rows.correct.where(~picked(rows, broken), low))
 
@@ -74,7 +76,7 @@ def break_table(
     count = lambda m, word: sum(x == m and w == word for (x, _), w in (status or {}).items())
     return {m: dict(broken=count(m, "broken"), suspect=count(m, "suspect"), runs=int(n)) for m, n in runs.items()} if status else {}
 
-# %% ../../nbs/09_judge/09_equal.ipynb #cell-009
+# %% ../../nbs/09_judge/09_equal.ipynb #cell-011
 @dataclass(frozen=True)
 class Curves:
     "Outcomes along the frontiers of unbroken runs, and the broken runs beside them."
@@ -96,7 +98,8 @@ class Curves:
         "From the frames a comparison leaves behind; sets without a frontier are left out."
         lacking = [c for c in ("method", "seed", "scale", "kl_policy") if c not in kl]
         if lacking or "scale" not in frontier:
-            raise UserError(f"the {'KL' if lacking else 'frontier'} frame has no column {(lacking or ['scale'])[0]}; read movement.json and frontier.parquet again")
+            what = f"KL frame has no column {lacking[0]}" if lacking else "frontier frame has no column scale"
+            raise UserError(f"the {what}; read movement.json and frontier.parquet again")
         here = rows[rows["set"].isin(frontier["set"].unique())]
         mine = here[here.method != "base"]
         every = pd.concat([mine.assign(scale=1.0)[[*KEYS, "scale", "correct"]], score_rows(frontier, score)[[*KEYS, "scale", "correct"]]])
@@ -114,7 +117,7 @@ class Curves:
         "Those with at least one unbroken run."
         return [m for m in methods if m in self.kl.method.unique()]
 
-# %% ../../nbs/09_judge/09_equal.ipynb #cell-012
+# %% ../../nbs/09_judge/09_equal.ipynb #cell-014
 def meet(
     curves: Curves,
     place: Callable,  # (method, target) -> rows of the unbroken seeds, number of seeds clamped
@@ -158,7 +161,7 @@ def check_frontier(
     if len(lost):
         raise UserError(f"the frontier lacks transfer set '{lost.iloc[0]}' ({len(lost)} such sets); score it at the other scales too")
 
-# %% ../../nbs/09_judge/09_equal.ipynb #cell-013
+# %% ../../nbs/09_judge/09_equal.ipynb #cell-015
 def equal_kl(
     curves: Curves,
     sets: pd.DataFrame,  # label, role, polarity
@@ -175,7 +178,7 @@ def equal_kl(
     note = f"at equal KL; the line of {against} is the one of {others[0]}'s meeting point" if len(set(targets.values())) > 1 else "at equal KL"
     return replace(table, note=note), {m: {"kl": t.pop("target"), **t} for m, t in found.items()}
 
-# %% ../../nbs/09_judge/09_equal.ipynb #cell-018
+# %% ../../nbs/09_judge/09_equal.ipynb #cell-020
 def common_accuracy(
     curves: Curves,
     labels: list[str],  # in-domain sets
