@@ -20,7 +20,7 @@ from ..errors import UserError, nearest
 from .forest import paint, stacked
 from ..plots import COLORS, METHOD_COLORS, style
 
-# %% ../../nbs/09_judge/05_frontier.ipynb #cell-005
+# %% ../../nbs/09_judge/05_frontier.ipynb #cell-006
 def crossing(
     path: Float[np.ndarray, " m"],  # a quantity at growing scales, the base's first
     target: float,
@@ -36,7 +36,7 @@ def crossing(
         return 0, 0, 0.0, target < path[0] - slack
     return j - 1, j, float(np.clip((target - top[j - 1]) / (top[j] - top[j - 1]), 0, 1)), False
 
-# %% ../../nbs/09_judge/05_frontier.ipynb #cell-008
+# %% ../../nbs/09_judge/05_frontier.ipynb #cell-009
 def only(
     frame: pd.DataFrame,  # a column `method`
     method: str,
@@ -78,7 +78,7 @@ def common_kl(
         raise UserError(f"method {against} has no KL at scale 1, its own setting; measure its movement there too")
     return float(min(own[1.0].mean(), (kl_paths(kl, method) ** 2).mean().max()))
 
-# %% ../../nbs/09_judge/05_frontier.ipynb #cell-012
+# %% ../../nbs/09_judge/05_frontier.ipynb #cell-013
 def _scores(
     rows: pd.DataFrame,  # method, seed, scale, set, row, kind, correct
     base: pd.DataFrame,  # set, row, correct
@@ -155,7 +155,7 @@ def at_accuracy(
         raise UserError(f"in-domain set '{lacking[0]}' has no frontier; score it at every scale" if lacking else "equal accuracy needs an in-domain set")
     return _at(scores, lambda seed, table: np.mean([table.loc[s].mean().to_numpy() for s in labels], axis=0), target)
 
-# %% ../../nbs/09_judge/05_frontier.ipynb #cell-023
+# %% ../../nbs/09_judge/05_frontier.ipynb #cell-024
 def frontier_frame(
     rows: pd.DataFrame,  # method, seed, scale, set, row, kind, correct; without the base
     kl: pd.DataFrame,  # method, seed, scale, kl_policy
@@ -174,10 +174,10 @@ def frontier_frame(
             lines += [(method, seed, s, paths.loc[seed].get(s, np.nan) ** 2, g) for s, g in zip(table.columns, gain)]
     return pd.DataFrame(lines, columns=["method", "seed", "scale", "kl", "points"])
 
-# %% ../../nbs/09_judge/05_frontier.ipynb #cell-026
+# %% ../../nbs/09_judge/05_frontier.ipynb #cell-027
 def mean_curve(
     runs: pd.DataFrame,  # seed, kl, points of one method
-    steps: int = 60,  # points of the curve
+    steps: int = 40,  # points of the curve
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # √KL, mean points, standard error over seeds
     "A method's mean over seeds at equal KL, up to its mean reach; a seed that ends earlier stays where it ended."
     paths = [(np.sqrt(g.kl.to_numpy()), g.points.to_numpy()) for _, g in runs.sort_values("scale").groupby("seed")]
