@@ -110,6 +110,13 @@ class Curves:
             raise UserError(f"method {lost[0][0]}, seed {lost[0][1]} has scores and no KL ({len(lost)} such runs); measure its movement")
         return cls(whole, kl[~picked(kl, broken)], here[here.method == "base"][["set", "row", "correct"]], mine[picked(mine, broken)][[*KEYS, "correct"]])
 
+    def of(
+        self,
+        method: str,
+    ) -> pd.DataFrame:
+        "The rows of one method."
+        return self.rows[self.rows.method == method]
+
     def alive(
         self,
         *methods: str,
@@ -173,7 +180,7 @@ def equal_kl(
     others = [m for m in pd.unique(pd.concat([curves.rows.method, curves.sunk.method])) if m != against]
     pairs = {m: curves.alive(m, against) for m in others}
     targets = {m: common_kl(curves.kl, a[0], a[-1]) if a else 0.0 for m, a in pairs.items()}
-    place = lambda m, target: at_kl(curves.rows, curves.kl, curves.base, m, target)
+    place = lambda m, target: at_kl(curves.of(m), curves.kl, curves.base, m, target)
     table, found = equal_tables(curves, place, targets, sets, against, **options)
     note = f"at equal KL; the line of {against} is the one of {others[0]}'s meeting point" if len(set(targets.values())) > 1 else "at equal KL"
     return replace(table, note=note), {m: {"kl": t.pop("target"), **t} for m, t in found.items()}
@@ -205,6 +212,6 @@ def equal_accuracy(
     others = [m for m in pd.unique(pd.concat([curves.rows.method, curves.sunk.method])) if m != against]
     pairs = {m: curves.alive(m, against) for m in others}
     targets = {m: common_accuracy(curves, labels, a[0], a[-1]) if a else 0.0 for m, a in pairs.items()}
-    place = lambda m, target: at_accuracy(curves.rows, curves.base, m, target, labels)
+    place = lambda m, target: at_accuracy(curves.of(m), curves.base, m, target, labels)
     table, found = equal_tables(curves, place, targets, sets, against, **options)
     return replace(table, note="at equal in-domain accuracy"), {m: {"accuracy": t.pop("target"), **t} for m, t in found.items()}

@@ -35,10 +35,11 @@ def check_sets(
             raise UserError(f"set {r.label}: unknown role '{r.role}'{nearest(r.role, ROLES)}")
         if r.polarity not in (1, 0, -1):
             raise UserError(f"set {r.label}: polarity {r.polarity}; must be 1, 0 or -1")
-    unknown = [x for x in pd.unique(pd.Series(labels)) if x not in set(table.label)]
+    seen = pd.unique(pd.Series(labels))
+    unknown = [x for x in seen if x not in set(table.label)]
     if unknown:
         raise UserError(f"set '{unknown[0]}' was scored but is not in the table of sets{nearest(unknown[0], table.label)}")
-    table = table[table.label.isin(set(labels))]
+    table = table[table.label.isin(seen)]
     order = table.role.map(ROLES.index).sort_values(kind="stable").index
     return table.loc[order].reset_index(drop=True)
 
