@@ -177,7 +177,7 @@ def frontier_frame(
 # %% ../../nbs/09_judge/05_frontier.ipynb #cell-027
 def mean_curve(
     runs: pd.DataFrame,  # seed, kl, points of one method
-    steps: int = 40,  # points of the curve
+    steps: int = 30,  # points of the curve
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # √KL, mean points, standard error over seeds
     "A method's mean over seeds at equal KL, up to its mean reach; a seed that ends earlier stays where it ended."
     paths = [(np.sqrt(g.kl.to_numpy()), g.points.to_numpy()) for _, g in runs.sort_values("scale").groupby("seed")]
