@@ -17,7 +17,7 @@ from scipy import stats
 from ..errors import UserError
 from .generalise import check_sets
 from .rows import paired, row_kinds, score_rows, wide
-from .stats import MIN_SEEDS, Estimate, check_values, cluster_codes, crossed_interval, mde
+from .stats import MIN_SEEDS, Estimate, check_values, cluster_codes, crossed_interval, effective, mde
 
 # %% ../../nbs/09_judge/08_power.ipynb #cell-005
 @dataclass(frozen=True)
@@ -228,8 +228,7 @@ def effective_kinds(
     "How many kinds of equal size, in sets of equal number, would give this standard error."
     each = []
     for mine in (groups == i for i in range(groups.max() + 1)):
-        sizes = np.bincount(cluster_codes(clusters[mine], int(mine.sum()))[0])
-        each.append(sizes.sum() ** 2 / (sizes**2).sum())
+        each.append(effective(np.bincount(cluster_codes(clusters[mine], int(mine.sum()))[0])))
     return max(2, round(len(each) ** 2 / sum(1 / c for c in each)))
 
 
