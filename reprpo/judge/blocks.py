@@ -22,7 +22,7 @@ from ..plots import COLORS
 
 # %% ../../nbs/09_judge/10_blocks.ipynb #cell-005
 WORDS = {"better": "good", "worse": "bad", "equivalent": "even", "not resolved": "open", "demonstration": "open",
-         "coherent": "good", "suspect": "open", "broken": "bad"}
+         "stays": "even", "moved": "bad", "coherent": "good", "suspect": "open", "broken": "bad"}
 
 
 def cell_html(
@@ -49,6 +49,7 @@ def drawing(
     file = io.StringIO()
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    figure.set_layout_engine("none")
     text = file.getvalue()
     width, box = re.search(r'width="([\d.]+)pt"', text)[1], re.search(r'viewBox="([^"]+)"', text)[1]
     body = text[text.index("</defs>") + len("</defs>") :]
@@ -79,12 +80,13 @@ class Text:
 class Table:
     "Text cells under their headings."
     frame: pd.DataFrame  # cells are text; the index is not shown
-    left: int = 1  # columns that hold words; the others hold numbers
+    left: int = 1  # first columns that hold words; the others hold numbers
+    words: tuple[str, ...] = ()  # further columns that hold words
     marked: tuple[int, ...] = ()  # lines that are set off
     caption: str = ""
 
     def html(self) -> str:
-        side = lambda i: ' class="name"' if i < self.left else ""
+        side = lambda i: ' class="name"' if i < self.left or self.frame.columns[i] in self.words else ""
         row = lambda tag, cells: "".join(f"<{tag}{side(i)}>{cell_html(str(x))}</{tag}>" for i, x in enumerate(cells))
         lines = [f'<tr{" class=marked" if k in self.marked else ""}>{row("td", r)}</tr>' for k, r in enumerate(self.frame.values)]
         caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
@@ -92,7 +94,7 @@ class Table:
                 + "\n".join(lines) + "</tbody></table></div>")
 
     def markdown(self) -> str:
-        rule = ["---" if i < self.left else "---:" for i in range(self.frame.shape[1])]
+        rule = ["---" if i < self.left or c in self.words else "---:" for i, c in enumerate(self.frame.columns)]
         lines = [map(cell_markdown, map(str, r)) for r in [self.frame.columns, *self.frame.values]]
         rows = ["| " + " | ".join(r) + " |" for r in [*lines[:1], rule, *lines[1:]]]
         return (f"*{cell_markdown(self.caption)}*\n\n" if self.caption else "") + "\n".join(rows)
@@ -182,8 +184,9 @@ body.judge {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); backgroun
 .judge .wide {{ overflow-x: auto; }} .judge caption {{ text-align: left; color: var(--soft); padding: .3rem 0; }}
 .judge table {{ border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; margin: .4rem 0 1rem; }}
 .judge th, .judge td {{ padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; vertical-align: top; }}
-.judge th {{ white-space: normal; vertical-align: bottom; max-width: 9rem; overflow-wrap: anywhere; }}
-.judge .name {{ text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 5rem; }}
+.judge th {{ white-space: normal; vertical-align: bottom; max-width: 9rem; }}
+.judge .name {{ text-align: left; white-space: pre-wrap; overflow-wrap: break-word; }}
+.judge td.name:first-child {{ min-width: 11rem; max-width: 20rem; overflow-wrap: anywhere; }}
 .judge .marked td {{ background: var(--tint); font-weight: 600; }}
 .judge .word {{ padding: .05em .5em; border-radius: 1em; white-space: nowrap; }}
 .judge .good {{ background: var(--good); }} .judge .bad {{ background: var(--bad); }}
