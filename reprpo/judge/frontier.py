@@ -153,7 +153,7 @@ def at_accuracy(
     lacking = [x for x in labels if x not in set(rows["set"])]
     if lacking or not labels:
         raise UserError(f"in-domain set '{lacking[0]}' has no frontier; score it at every scale" if lacking else "equal accuracy needs an in-domain set")
-    return _at(scores, lambda seed, table: np.mean([table.loc[s].mean().to_numpy() for s in labels], axis=0), target)
+    return _at(scores, lambda seed, table: table.groupby(level="set").mean().loc[labels].mean().to_numpy(), target)
 
 # %% ../../nbs/09_judge/05_frontier.ipynb #cell-024
 def frontier_frame(
@@ -170,7 +170,8 @@ def frontier_frame(
     for method in rows.method.unique():
         paths = kl_paths(kl, method)
         for seed, table in _scores(rows, base, method)[0].items():
-            gain = 100 * np.mean([r.polarity * (m := table.loc[r.label].mean()).sub(m[0.0]) for r in counted], axis=0)
+            level = table.groupby(level="set").mean()
+            gain = 100 * np.mean([r.polarity * (level.loc[r.label] - level.loc[r.label, 0.0]) for r in counted], axis=0)
             lines += [(method, seed, s, paths.loc[seed].get(s, np.nan) ** 2, g) for s, g in zip(table.columns, gain)]
     return pd.DataFrame(lines, columns=["method", "seed", "scale", "kl", "points"])
 
