@@ -6,6 +6,7 @@
 __all__ = ['beside_base', 'train_one', 'read_run', 'evaluate']
 
 # %% ../../nbs/10_experiments/05_evaluate.ipynb #cell-002
+import tempfile
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pandas as pd
 
 from ..errors import UserError
 from .config import RunConfig, TrainOne, check, check_folder, shared
-from .run import Bench, is_done, load_data, load_evals, look, prepare, run, sample_rows, score_sets
+from .measure import make_probe, score_sets
+from .prepare import Bench, load_data, load_evals, look, prepare
+from .run import is_done, run
 from ..io import atomic_folder, atomic_write, manifest, read_yaml, write_json
 from ..judge.generalise import Generalisation, generalise, metrics
 from ..train.adapter import load_adapter, remove_adapter
@@ -48,7 +51,8 @@ def train_one(
     bench = prepare(shared(config), data)
     if not done:
         look(bench, [method])
-        run(bench, method, config.seed, out, sample_rows(bench), show)
+        with tempfile.TemporaryDirectory() as tmp: probe = make_probe(bench, Path(tmp), config.frontier)
+        run(bench, method, config.seed, out, probe, show)
     return beside_base(bench, pd.read_parquet(out/"scores.parquet"), method.label, out, config.score)
 
 # %% ../../nbs/10_experiments/05_evaluate.ipynb #cell-006

@@ -95,7 +95,7 @@ def _scores(
         table = part.pivot(index=["set", "row"], columns="scale", values="correct").astype(float)
         table[0.0] = start.reindex(table.index)
         whole = table.dropna().sort_index(axis=1)
-        lost = [s for s in dict.fromkeys(part["set"]) if s not in whole.index.unique("set")]
+        lost = [s for s in part["set"].unique() if s not in whole.index.unique("set")]
         if lost:
             raise UserError(f"method {method}, seed {seed}: set '{lost[0]}' has no row that base and all scales share; score it at every scale")
         found[seed] = whole
@@ -150,7 +150,7 @@ def at_accuracy(
     if not 0 <= target <= 1:
         raise UserError(f"an accuracy of {target} can't be a target; it must lie between 0 and 1")
     scores = _scores(rows, base, method)
-    lacking = [x for x in labels if x not in set(rows["set"])]
+    lacking = [x for x in labels if x not in rows["set"].unique()]
     if lacking or not labels:
         raise UserError(f"in-domain set '{lacking[0]}' has no frontier; score it at every scale" if lacking else "equal accuracy needs an in-domain set")
     return _at(scores, lambda seed, table: table.groupby(level="set").mean().loc[labels].mean().to_numpy(), target)
@@ -163,7 +163,8 @@ def frontier_frame(
     sets: pd.DataFrame,  # label, role, polarity
 ) -> pd.DataFrame:  # method, seed, scale, kl, points
     "Transfer mean in points against base, and KL, of every run at every scale; base first."
-    counted = [r for r in sets.itertuples() if r.role == "transfer" and r.polarity != 0 and r.label in set(rows["set"])]
+    scored = set(rows["set"].unique())
+    counted = [r for r in sets.itertuples() if r.role == "transfer" and r.polarity != 0 and r.label in scored]
     if not counted:
         raise UserError("no transfer set has a frontier; score one at every scale")
     lines = []
