@@ -159,24 +159,26 @@ def compare(
     words, given = as_given(train, [eval] if isinstance(eval, str) else eval)
     labels = tuple(Method.parse(m).label for m in methods)
     config = make_config(CompareConfig, methods=labels, out=str(out), **words, **options)
-    return finish(conduct(config, methods, given, say), config.score)
+    return finish(conduct(config, methods, given, say), score=config.score, ceilings=config.ceilings)
 
 def finish(
-    out:str|Path,      # output folder
-    score:str="mean",  # mean | sum
+    out:str|Path,            # output folder
+    *more:str|Path,          # folders of the same comparison with other seeds or methods
+    score:str="mean",        # mean | sum
+    ceilings:str|None=None,  # CSV with columns set, accuracy
 ) -> Results:
     "Read what is in the folder and write results.csv, summary.json and the report."
-    return read_results(out, score=score).write()
+    return read_results(out, *more, score=score, ceilings=ceilings).write()
 
 def compare_command(
     config:CompareConfig, # checked
 ) -> int:                 # exit status
     "The command `reprpo compare`."
-    results = finish(conduct(config, config.methods, say=tell), config.score)
+    results = finish(conduct(config, config.methods, say=tell), score=config.score, ceilings=config.ceilings)
     if results.tables: tell(f"\n{results}\n\n{results.out/'summary.json'}\n{results.out/'report.html'}")
     if not results.failed: return 0
     reasons = "; ".join(f"{k} ({v})" for k, v in results.failed.items())
-    print(f"reprpo: {len(results.failed)} of {len(config.methods) * config.seeds} runs failed: {reasons}", file=sys.stderr)
+    print(f"reprpo: {count(len(results.failed), 'run')} failed: {reasons}", file=sys.stderr)
     return 1
 
 def tell(text: str) -> None:

@@ -49,7 +49,7 @@ def load_evals(
         evals.append(pairs if p.label not in objects and PairSpec.parse(p.spec).n else pairs.sample(config.eval_n))
     return Data(None, None, tuple(plans), tuple(evals))
 
-N_NEUTRAL = 48 # prompts that KL is measured on
+N_NEUTRAL = 32 # prompts that KL is measured on
 
 def load_neutral(
     config:RunConfig,   # train, neutral

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'finished', 'Run', 'read_runs', 'check_together', 'together', 'kl_frame', 'history_frame', 'cost_frame',
-           'coherence_frame', 'read_samples', 'read_ceilings']
+           'coherence_frame', 'sample_list', 'read_ceilings']
 
 # %% ../../nbs/10_experiments/03_read.ipynb #cell-002
 from dataclasses import dataclass
@@ -109,17 +109,18 @@ def coherence_frame(
             for r, f in found if f is not None and base is not None]
     return pd.DataFrame(rows) if rows else None
 
-def read_samples(
+def sample_list(
     runs:list[Run],
-) -> dict[str, str]: # set -> text
-    "For one prompt of each set that was sampled: the chosen answer, what the base says, and what the methods' first seeds say."
-    texts = {}
+) -> tuple[list[dict], dict]: # texts: prompt, set, method, text; one pair of each set: (prompt, chosen, rejected)
+    "What the base and each method's first seed say to the same prompts, and a pair of each set."
+    found, seen, pairs = [], set(), {}
     for run in runs:
-        for r in {r["set"]: r for r in reversed(run.lines("samples.jsonl"))}.values():
-            text = texts.setdefault(r["set"], f"{r['prompt']}\n\nchosen answer: {r['chosen'].strip()}\nbase: {r['base'].strip()}")
-            name = f"\n{run.method}: "
-            if "adapter" in r and name not in text: texts[r["set"]] += name + r["adapter"].strip()
-    return texts
+        if run.method in seen: continue
+        for r in run.lines("samples.jsonl"):
+            seen.add(run.method)
+            pairs.setdefault(r["set"], (r["prompt"], r["chosen"], r.get("rejected", "")))
+            found.append(dict(prompt=r["prompt"], set=r["set"], chosen=r["chosen"], method=run.method, text=r["adapter"] if "adapter" in r else r["base"]))
+    return found, pairs
 
 def read_ceilings(
     path:str|Path|None,  # CSV with columns set, accuracy

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..errors import UserError
 from .config import CompareConfig
-from .measure import Probe
+from .measure import TOKENS, Probe
 from .prepare import Bench
 from .run import unfinished
 from ..io import manifest, read_json, write_json, write_yaml
@@ -72,7 +72,7 @@ def tune_run(
         trained = train(bench.model, bench.tokenizer, method, bench.data.train, Training.of(bench.config, seed=seed, lr=lr, save_every=0), progress=False)
         with trained.attached() as model:
             score(model, bench.val, batch_size=32, layout=bench.config.layout).to_parquet(folder/"scores.parquet")
-            moved = movement(model, bench.tokenizer, probe.neutral, list(probe.reference), scales=(1.0,))
+            moved = movement(model, bench.tokenizer, probe.neutral, list(probe.reference), (1.0,), TOKENS)
         write_json(folder/"movement.json", {"scales": moved})
         write_yaml(folder/"config.yaml", config)
         write_json(folder/"manifest.json", manifest(config, seconds=trained.seconds, tokens=trained.tokens))
