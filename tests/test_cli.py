@@ -55,7 +55,11 @@ def here(home, monkeypatch, tmp_path_factory):
     monkeypatch.delenv("REPRPO_DEBUG", raising=False)
 
 
-GOOD = {"--model": "model", "--train": "train.jsonl", "--eval": "test.jsonl", "--steps": "4", "--seeds": "2", "--out": "never"}
+GOOD = {"--model": "model", "--train": "train.jsonl", "--eval": "test.jsonl", "--steps": "4", "--seeds": "2", "--out": "never",
+        "--no-tune-lr": "", "--no-frontier": "", "--no-coherence": ""}
+
+
+PLAIN = dict(tune_lr=False, frontier=False, coherence=False)
 
 
 def words(*methods, **changes):
@@ -83,7 +87,8 @@ def test_help_is_instant_and_narrow():
         assert example.split("\n")[0] in done.stdout, name
 
 
-@pytest.mark.parametrize("name", ["demo", "train", "compare", "evaluate", "report", "methods", "pairs show", "world train", "world sample", "world check"])
+@pytest.mark.parametrize("name", ["demo", "train", "compare", "evaluate", "report", "power", "methods", "pairs show", "world train", "world sample", "world check",
+                                  "world controls"])
 def test_every_command_has_help(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert call([*name.split(), "--help"]) == 0
@@ -106,6 +111,10 @@ def test_every_command_has_help(name, capsys, monkeypatch):
     (["compare", "dpo", "dpo"], ["given twice"]),
     (["compare", "dpo", "--steps", "0"], ["steps"]),
     (["compare", "dpo", "--micro-batch", "3"], ["micro_batch"]),
+    (["compare", "dpo", "--lrs", "0.001", "-1"], ["lrs"]),
+    (["compare", "dpo", "--scales", "0.5", "2"], ["1 among them"]),
+    (["compare", "dpo", "--controls", "some"], ["--controls", "all, none"]),
+    (["power", "nowhere"], ["nowhere holds no comparison"]),
     (["evaluate"], ["no run given"]),
     (["evaluate", "nowhere"], ["nowhere is no finished run"]),
     (["report", "nowhere"], ["nowhere holds no comparison"]),
@@ -155,7 +164,7 @@ def test_compare_resumes_and_reports(capsys, home):
     assert header == "method,seed,set,role,polarity,n,accuracy,margin,p_chosen,nll_chosen"
     summary = json.loads((both / "summary.json").read_text())
     assert [s["label"] for s in summary["sets"]] == ["test", "flipped"] and summary["manifest"]["failed"] == {}
-    assert "<img" in (both / "report.html").read_text()
+    assert "<svg" in (both / "report.html").read_text()
     before = {p: p.stat().st_mtime_ns for p in both.glob("runs/*/*/scores.parquet")}
     table = (both / "results.csv").read_text()
 
@@ -170,6 +179,30 @@ def test_compare_resumes_and_reports(capsys, home):
     capsys.readouterr()
     assert call(["evaluate", "both/runs/dpo/seed-0", "--eval", "again=test.jsonl"]) == 0
     assert "again" in capsys.readouterr().out
+
+
+def judged(capsys, home, out, *more):
+    "A comparison with all that makes it fair, on tiny sizes; what it printed."
+    argv = words("dpo", out=out, jobs="1", seeds="1", steps="2", eval="test.jsonl flipped:-1=other.jsonl", tune_seeds="1", lrs="0.001 0.01", scales="0.5 1 1.5",
+                 **{f"no_{k}": None for k in ("tune_lr", "frontier", "coherence")})
+    assert call([*argv, *more]) == 0
+    return capsys.readouterr().out
+
+
+def test_tuned_controlled_and_registered(capsys, home):
+    out = judged(capsys, home, "fair", "--controls", "all", "--register")
+    assert "5 methods x 1 seed = 5 runs, after 8 tuning runs (4 x 2 rates x 1 seed)" in out and out.startswith("plan ")
+    plan, tune = (json.loads((home / "fair" / name).read_text()) for name in ("plan.json", "tune.json"))
+    assert plan["hash"] in out and plan["config"]["seed"] > 10**6 and "equal KL" in plan["primary"]
+    assert set(tune["methods"]) == {"dpo", "hs-none-retain", "hs-none-random", "hs-none-swapped"} and all(t["chosen"] in (0.001, 0.01) for t in tune["methods"].values())
+    run = next((home / "fair" / "runs" / "dpo").glob("seed-*"))
+    assert {"frontier.parquet", "movement.json", "generations.jsonl", "coherence.json"} <= {p.name for p in run.iterdir()}
+    manifest, again = (json.loads((home / "fair" / "runs" / d / run.name / "manifest.json").read_text()) for d in ("dpo", next((home / "fair" / "runs").glob("dpo_repeat*")).name))
+    assert manifest["settled"]["lr"] == tune["methods"]["dpo"]["chosen"] == again["settled"]["lr"] and manifest["settled"]["seed"] != again["settled"]["seed"]
+    summary = json.loads((home / "fair" / "summary.json").read_text())
+    assert {v["word"] for v in summary["judgement"]["verdicts"].values()} == {"demonstration"} and "sections not made" not in summary
+    fails(capsys, words("dpo", out="fair", seeds="1"), "fair holds another configuration")
+    assert call(["power", "fair"]) in (0, 2)
 
 
 def test_processes_and_one_process_agree(capsys, home):
@@ -189,7 +222,7 @@ def test_a_failing_run_does_not_stop_the_others(capsys, home):
         if theta.abs().max() > 1e-3 and len(theta) == 8: raise ValueError("it has moved")
         return -theta, {"theta": theta}
 
-    results = compare(breaks, "dpo", model="model", train="train.jsonl", eval={"test": "test.jsonl"}, steps=4, seeds=1, out="breaks")
+    results = compare(breaks, "dpo", model="model", train="train.jsonl", eval={"test": "test.jsonl"}, steps=4, seeds=1, out="breaks", **PLAIN)
     assert list(results.failed) == ["breaks, seed 0"] and "it has moved" in results.failed["breaks, seed 0"]
     assert list(results.scores.method.unique()) == ["base", "dpo"]
 
@@ -204,7 +237,7 @@ def test_own_loss_and_own_rows(home):
 
     data = rows()
     results = compare("dpo", apart, model="model", train=data, eval={"test": data[:10], "flipped:-1": rows(flip=True)[:10]}, steps=4, seeds=1, out="own",
-                      say=lambda text: None)
+                      say=lambda text: None, **PLAIN)
     assert list(results.table.index) == ["base", "dpo", "apart"]
     assert "apart" in results._repr_markdown_() and results.forest().axes
 

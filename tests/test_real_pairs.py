@@ -44,11 +44,11 @@ def test_real_pairs_to_the_summary(train, evals, roles, model, tmp_path, monkeyp
     spec = lambda text, n: f"{text.rpartition('=')[0]}{'=' if '=' in text else ''}{PAIRS}/{text.rpartition('=')[2]}.jsonl,n={n}"
     out = tmp_path / "out"
     argv = ["compare", "dpo", "hs-none-inner", "--model", model, "--train", spec(train, 30), "--eval", *(spec(e, 10) for e in evals),
-            "--seeds", "2", "--steps", "3", "--batch-size", "3", "--jobs", "1", "--out", str(out)]
+            "--seeds", "2", "--steps", "3", "--batch-size", "3", "--jobs", "1", "--out", str(out), "--tune-seeds", "1", "--lrs", "0.001"]
     assert call(argv) == 0, capsys.readouterr().err
     summary = json.loads((out / "summary.json").read_text())
     assert [s["role"] for s in summary["sets"]] == roles
     lines = (out / "results.csv").read_text().splitlines()
     assert len(lines) == 1 + (1 + 2 * 2) * len(evals)
-    assert "<img" in (out / "report.html").read_text()
+    assert "<svg" in (out / "report.html").read_text()
     assert "demonstration" in capsys.readouterr().out

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = ("setup.py", "settings.ini", "README.md", "LICENSE")
-DEMO = ["compare", "dpo", "hs-none-inner", "--seeds", "1", "--steps", "2", "--batch-size", "4", "--eval-n", "8", "--device", "cpu", "--out", "out"]
+DEMO = ["compare", "dpo", "hs-none-inner", "--seeds", "1", "--steps", "2", "--batch-size", "4", "--eval-n", "8", "--device", "cpu", "--out", "out",
+        "--no-tune-lr", "--no-frontier", "--no-coherence"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,71 @@
+"""The comparisons behind the page of verdicts: run what is missing, judge, and keep one bit a row.
+
+    python docs/verdicts.py [FOLDER]    runs in FOLDER (reprpo-verdicts), which resumes; results in files/results/verdicts
+"""
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from reprpo.experiments.compare import compare
+from reprpo.experiments.read import Run, read_runs
+from reprpo.experiments.results import read_results
+from reprpo.experiments.store import pack
+from reprpo.io import write_json
+from reprpo.judge.findings import summarise
+
+ROOT = Path(__file__).parent.parent
+METHODS = ("dpo", "ipo", "simper", "sft", "hs-none-inner", "hs-none-prefvec", "side-none-mse")
+COMMON = dict(steps=16, layout="shared", scales=(0.5, 1.0, 1.5))
+GRID = dict(lrs=(0.001, 0.003, 0.01))
+FACTS = dict(train="world:facts/train", eval_n=80, frontier_n=80)
+SMALL = dict(eval_n=60, frontier_n=60)
+RUNS = {
+    "facts": (METHODS, FACTS | GRID | dict(controls="all", seeds=10)),
+    "pool": (("dpo",), FACTS | dict(seeds=24, seed=200, lr=0.003, tune_lr=False, coherence=False)),
+    "kind": (METHODS, SMALL | GRID | dict(train="world:kind/train", controls="all", seeds=10)),
+    "facts_cue": (METHODS, SMALL | GRID | dict(train="world:facts_cue/train", controls="all", seeds=10)),
+    "facts-world1": (METHODS, FACTS | GRID | dict(seeds=6, model="world-1")),
+    "trap": (("dpo", "hs-none-prefvec:proj=0,orth=1", "hs-none-retain"), SMALL | dict(train="world:facts/train", seeds=8, lr=0.01, tune_lr=False)),
+}
+
+
+def second_world(home: Path) -> None:
+    "The base checkpoint of another pretraining seed."
+    if not (home / "world-1" / "manifest.json").exists():
+        from reprpo.world.model import train_world
+        train_world(home / "world-1", seed=1)
+
+
+def keep(home: Path, name: str, out: Path) -> None:
+    "Pack a comparison and write its verdicts."
+    results = read_results(home / name, ceilings=str(ROOT / "files/results/ceilings.csv") if (ROOT / "files/results/ceilings.csv").exists() else None).write()
+    pack(results, out / f"{name}.parquet")
+    write_json(out / f"{name}-verdicts.json", summarise(results.judgement))
+
+
+def keep_pool(home: Path, out: Path) -> None:
+    "All runs of dpo on facts with one learning rate, from two comparisons, under seeds of their own."
+    runs = [r for r in read_runs([home / "facts"]) if r.method in ("base", "dpo", "dpo:repeat=1")] + [r for r in read_runs([home / "pool"]) if r.method == "dpo"]
+    seed = iter(range(1000))
+    one = read_results(home / "pool")
+    pooled = [Run("base", r.seed, r.folder) if r.method == "base" else Run("dpo", next(seed), r.folder) for r in runs]
+    pack(replace(one, runs=pooled, scores=pd.concat([r.frame("scores.parquet") for r in pooled], ignore_index=True)), out / "pool.parquet")
+
+
+def main(home: Path) -> None:
+    "Run, judge, keep."
+    import os
+    out = ROOT / "files/results/verdicts"
+    home.mkdir(parents=True, exist_ok=True)
+    os.chdir(home)
+    second_world(Path("."))
+    for name, (methods, options) in RUNS.items():
+        compare(*methods, out=name, **COMMON | options)
+        if name != "pool": keep(Path("."), name, out)
+    keep_pool(Path("."), out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "reprpo-verdicts"))
