@@ -9,7 +9,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs export notebooks results hooks clean
+.PHONY: help demo test docs export notebooks results verdicts hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -38,6 +38,10 @@ notebooks: .venv/.dev  ## execute the notebooks and keep their outputs; ONLY=nbs
 results: .venv/.dev  ## the demo's table on the first page, made again
 	$(BIN)/python docs/demo.py
 	$(MAKE) notebooks ONLY=nbs/index.ipynb
+
+verdicts: .venv/.dev  ## the comparisons behind the page of verdicts, made again (two hours on two cores; resumes)
+	$(BIN)/python docs/verdicts.py
+	$(BIN)/python bench/error_rates.py
 
 hooks: .venv/.dev  ## git hooks: no commit with notebooks and modules out of step
 	git config core.hooksPath .githooks

@@ -2,6 +2,8 @@
 
     python docs/verdicts.py [FOLDER]    runs in FOLDER (reprpo-verdicts), which resumes; results in files/results/verdicts
 """
+import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from reprpo.experiments.compare import compare
 from reprpo.experiments.read import Run, read_runs
 from reprpo.experiments.results import read_results
 from reprpo.experiments.store import pack
-from reprpo.io import write_json
+from reprpo.io import atomic_write, write_json
 from reprpo.judge.findings import summarise
 
 ROOT = Path(__file__).parent.parent
@@ -25,9 +27,9 @@ RUNS = {
     "facts": (METHODS, FACTS | GRID | dict(controls="all", seeds=10)),
     "pool": (("dpo",), FACTS | dict(seeds=24, seed=200, lr=0.003, tune_lr=False, coherence=False)),
     "kind": (METHODS, SMALL | GRID | dict(train="world:kind/train", controls="all", seeds=10)),
-    "facts_cue": (METHODS, SMALL | GRID | dict(train="world:facts_cue/train", controls="all", seeds=10)),
-    "facts-world1": (METHODS, FACTS | GRID | dict(seeds=6, model="world-1")),
-    "trap": (("dpo", "hs-none-prefvec:proj=0,orth=1", "hs-none-retain"), SMALL | dict(train="world:facts/train", seeds=8, lr=0.01, tune_lr=False)),
+    "facts_cue": (METHODS, GRID | dict(train="world:facts_cue/train", eval_n=50, frontier_n=50, controls="all", seeds=10)),
+    "facts-world1": (("dpo", "ipo", "hs-none-inner", "hs-none-prefvec", "side-none-mse"), FACTS | GRID | dict(seeds=6, model="world-1")),
+    "trap": (("dpo", "hs-none-prefvec:proj=0,orth=1", "hs-none-retain"), SMALL | dict(train="world:facts/train", seeds=6, lr=0.01, tune_lr=False)),
 }
 
 
@@ -54,9 +56,23 @@ def keep_pool(home: Path, out: Path) -> None:
     pack(replace(one, runs=pooled, scores=pd.concat([r.frame("scores.parquet") for r in pooled], ignore_index=True)), out / "pool.parquet")
 
 
+TITLES = {"facts": "facts", "kind": "kindness", "facts_cue": "facts with a cue", "facts-world1": "facts, another base"}
+
+
+def write_table(out: Path) -> None:
+    "The verdicts of all training sets as one Markdown table, for the first page."
+    found = {title: json.loads((out / f"{name}-verdicts.json").read_text())["verdicts"] for name, title in TITLES.items()}
+    cell = lambda v: "" if v is None else f"{v['estimate']:+.1f} [{v['interval'][0]:.1f}, {v['interval'][1]:.1f}] {v['word']}"
+    lines = ["| points against dpo at equal KL | " + " | ".join(found) + " |", "| --- |" + " --- |" * len(found)]
+    lines += [f"| `{m}` | " + " | ".join(cell(f.get(m)) for f in found.values()) + " |" for m in found["facts"]]
+    seeds = {n: max(v["seeds"] for v in f.values()) for n, f in found.items()}
+    lines += ["", "Mean over the transfer sets, 95 % interval over seeds and kinds; " + ", ".join(f"{n}: {s} seeds" for n, s in seeds.items())
+              + ". The last four lines are controls.", ""]
+    atomic_write(out.parent / "verdicts.md", "\n".join(lines))
+
+
 def main(home: Path) -> None:
     "Run, judge, keep."
-    import os
     out = ROOT / "files/results/verdicts"
     home.mkdir(parents=True, exist_ok=True)
     os.chdir(home)
@@ -65,6 +81,7 @@ def main(home: Path) -> None:
         compare(*methods, out=name, **COMMON | options)
         if name != "pool": keep(Path("."), name, out)
     keep_pool(Path("."), out)
+    write_table(out)
 
 
 if __name__ == "__main__":
