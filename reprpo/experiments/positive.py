@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'CEILING', 'PAIRS', 'PLAIN', 'FLIPS', 'PARTS', 'SOLVED', 'LOUD', 'ROUNDING', 'gather', 'ceiling_sets',
-           'ceilings', 'Finding', 'contrast', 'findings', 'table', 'run_controls', 'judge_controls', 'controls_command']
+           'ceilings', 'Finding', 'contrast', 'findings', 'pairings', 'table', 'run_controls', 'judge_controls',
+           'controls_command']
 
 # %% ../../nbs/10_experiments/08_positive.ipynb #cell-002
 import sys
 from dataclasses import asdict, dataclass
+from itertools import combinations, permutations
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..errors import UserError
 from .compare import compare, tell
 from .oracle import oracle_method
-from ..io import atomic_write, manifest, write_json
 from .results import read_results
-from ..judge.generalise import TRANSFER, generalise, score_rows
+from .run import is_done
+from ..io import atomic_write, manifest, write_json
+from ..judge.generalise import TRANSFER, generalise, row_kinds, score_rows, transfer_cell, wide
 from ..models import load_model
 from ..world.prefs import default_evals
 
@@ -119,7 +123,30 @@ def findings(
         add(method, against, "around 0", lambda e: e.low <= 0 <= e.high)
     return out
 
-# %% ../../nbs/10_experiments/08_positive.ipynb #cell-014
+# %% ../../nbs/10_experiments/08_positive.ipynb #cell-012
+def pairings(
+    scores:pd.DataFrame,              # from `gather`
+    sets:pd.DataFrame,                # label, role, polarity
+    pair:tuple=("dpo", "dpo_again"),  # the same method with other seeds
+) -> pd.DataFrame:                    # value, low, high of the transfer mean, one line a pairing
+    "A/A as often as the runs allow: every half of the seeds against every order of the other half."
+    rows, table = score_rows(scores), pd.DataFrame(sets)
+    found, kinds = {}, {}
+    for s in table.label[(table.role == "transfer") & (table.polarity > 0)]:
+        halves = [100 * wide(rows[(rows.method == m) & (rows.set == s)]).to_numpy() for m in pair]
+        found[s] = np.concatenate(halves)
+        one = rows[(rows.method == pair[0]) & (rows.set == s)]
+        kinds[s] = row_kinds(one, wide(one).columns)
+    n, half = len(next(iter(found.values()))), len(halves[0])
+    lines = []
+    for left in (c for c in combinations(range(n), half) if 0 in c or 2 * half != n):
+        for right in permutations([i for i in range(n) if i not in left], half):
+            parts = [(pd.DataFrame(x[list(right)] - x[list(left)]), kinds[s], 1) for s, x in found.items()]
+            e = transfer_cell(parts, level=0.95, n_boot=200, seed=0)
+            lines.append(dict(value=e.value, low=e.low, high=e.high))
+    return pd.DataFrame(lines)
+
+# %% ../../nbs/10_experiments/08_positive.ipynb #cell-017
 def table(
     found:list[Finding],
 ) -> str:
@@ -155,11 +182,15 @@ def judge_controls(
     out = Path(out)
     found = {name: read_results(out/name) for name in PARTS}
     scores, sets = gather(found), found["facts"].sets
-    tops = ceilings({name: read_results(out/"ceilings"/name) for name in ceiling_sets()})
+    reached = {name: read_results(out/"ceilings"/name) for name in ceiling_sets() if is_done(out/"ceilings"/name/"base")}
+    tops = ceilings({name: results for name, results in reached.items() if results.scores.method.nunique() > 1})
     checked, against = findings(scores, sets, tops), generalise(scores, sets)
     atomic_write(out/"positive.csv", against.frame.round(4).to_csv(index=False))
     atomic_write(out/"ceilings.csv", tops.round(4).to_csv(index=False))
-    told = dict(base={k: round(v, 2) for k, v in against.levels.items()}, findings=[asdict(f) for f in checked])
+    again = pairings(scores, sets)
+    missed = int(((again.low > 0) | (again.high < 0)).sum())
+    told = dict(base={k: round(v, 2) for k, v in against.levels.items()}, findings=[asdict(f) for f in checked],
+                pairings=dict(all=len(again), without_0=missed, smallest=round(again.value.min(), 2), largest=round(again.value.max(), 2)))
     config = dict(controls=SMALL, ceilings=CEILING | dict(pairs=PAIRS), parts={k: v[:2] for k, v in PARTS.items()})
     write_json(out/"positive.json", manifest(config) | dict(command=f"reprpo world controls --out {out.name}", **told))
     return checked
