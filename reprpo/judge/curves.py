@@ -117,7 +117,7 @@ def learning_curves(
     "Loss, accuracy and rewards' margin over the steps, a row per method."
     names = list(history.method.unique())
     fig, axes = plt.subplots(len(names), len(CURVES), sharex=True, squeeze=False, figsize=(9, 0.5 + 1.25 * len(names)), layout="constrained")
-    lowest = min(0.45, history["accuracy"].min()) if "accuracy" in history else 0
+    lowest = history.reindex(columns=["accuracy", "val/accuracy"]).min().min()
     usual = over_seeds(history[history.method == baseline], "accuracy")
     for row, name in zip(axes, names):
         mine, color = history[history.method == name], paint(names)[name]
@@ -131,7 +131,7 @@ def learning_curves(
         last = over_seeds(mine, "val/accuracy")
         if len(last):
             row[1].plot(last.index, last.mean(axis=1), "D", ms=4, color=color, clip_on=False, zorder=4)
-        row[1].set_ylim(lowest, 1.03)
+        row[1].set_ylim(np.nanmin([0.45, lowest - 0.03]), 1.03)
     fig.align_ylabels()
     fig.supxlabel("step", fontsize=9)
     return fig

@@ -22,7 +22,7 @@ from .blocks import Folded, Picture, Section, Table, Text, save_pictures, to_htm
 from .chart import verdict_chart
 from .curves import learning_curves, separation_plot, tuning_frame, tuning_plot, tuning_table
 from .equal import Curves
-from .findings import coherence_table, cost_table, headline, limits, sample_blocks, set_sections, verdict_blocks
+from .findings import coherence_table, cost_table, headline, limits, listed, sample_blocks, set_sections, verdict_blocks
 from .forest import forest
 from .frontier import frontier_frame, frontier_plot
 from .generalise import header
@@ -100,7 +100,9 @@ def tuned(page: Page) -> list:
     if not page.tune:
         return missing("No learning rate was tuned: every method ran at the one it was given, or at its own default.")
     frame = tuning_frame(page.tune)
-    return [Text(TUNING, "note"), Table(tuning_table(frame)), picture("tuning", tuning_plot(frame))]
+    edge = [m for m, told in page.tune["methods"].items() if told.get("edge")]
+    more = [Text(f"Chosen at the edge of the grid: {listed(edge)}. A rate beyond it was not tried.", "note")] if edge else []
+    return [Text(TUNING, "note"), *more, Table(tuning_table(frame)), picture("tuning", tuning_plot(frame))]
 
 
 def frontiers(page: Page) -> list:
