@@ -39,7 +39,7 @@ def trainings() -> list[Plan]:
              ("ipo", 3e-4, 0), ("hs-none-inner", 3e-4, 0)]
     far = [("dpo", 3e-3, 60, 0), ("dpo", 1e-2, 60, 1), ("ipo", 3e-3, 60, 1), ("hs-none-inner", 3e-3, 60, 0), ("hs-none-inner", 1e-2, 60, 1),
            ("dpo", 3e-3, 120, 1)]
-    return [Plan("trained", seed, m, lr, 60) for m, lr, seed in usual] + [Plan("overtrained", seed, m, lr, steps) for m, lr, steps, seed in far]
+    return [Plan("overtrained", seed, m, lr, steps) for m, lr, steps, seed in far] + [Plan("trained", seed, m, lr, 60) for m, lr, seed in usual]
 
 
 def scales(plan: Plan) -> list[Plan]:
@@ -66,9 +66,14 @@ class Bench:
         self.done = pd.read_csv(out, keep_default_na=False).to_dict("records") if out.exists() else []
         self.prompts = {s: world_prompts(HOME[s], seed=s) for s in HOME}
         self.test = {s: world_prompts(HOME[s], "test", 24, 8, 40, seed=s) for s in HOME}
-        self.base = {s: coherence(self.model, self.tokenizer, self.prompts[s], seed=s)[1] for s in HOME}
-        print(f"{time.process_time() - self.start:5.0f} s  base texts written", flush=True)
-        self.share = {s: self.truth(self.clean, s, range(3)) for s in HOME}
+        self.own = {}
+
+    def base(self, side: int) -> tuple[dict, dict]:
+        "What the base model writes, and its parser shares; the shares are taken from the table where it has them."
+        if side not in self.own:
+            told = next(({"share": row["base_share"]} for row in self.done if row["train"] == HOME[side]), None)
+            self.own[side] = coherence(self.model, self.tokenizer, self.prompts[side], seed=side)[1], told or self.truth(self.clean, side, range(3))
+        return self.own[side]
 
     def truth(self, model, side: int, seeds) -> dict:
         "Parser shares on other prompts, of other samples."
@@ -80,10 +85,10 @@ class Bench:
     def look(self, model, plan: Plan) -> None:
         "One line of the table."
         side = plan.seed % 2
-        base, texts = self.base[side], {"seed": 100 + plan.seed, "reference": self.clean if plan.noise else None}
+        (base, own), texts = self.base(side), {"seed": 100 + plan.seed, "reference": self.clean if plan.noise else None}
         found = coherence(model, self.tokenizer, self.prompts[side], base, **texts)[1]
-        share = self.share[side] if plan.group == "base" else self.truth(model, side, [plan.seed])
-        row = asdict(plan) | {"train": HOME[side]} | share | {"base_share": self.share[side]["share"], "fall": 1 - share["share"]/self.share[side]["share"]}
+        share = own if plan.group == "base" else self.truth(model, side, [plan.seed])
+        row = asdict(plan) | {"train": HOME[side]} | share | {"base_share": own["share"], "fall": 1 - share["share"]/own["share"]}
         row |= found | {f"base_{k}": base[k] for k in found} | {k: v for k, v in base.items() if k.startswith("sd_")}
         self.done.append(row | {"damage": damage(found, base), "status": status(found, base)})
         pd.DataFrame(self.done).to_csv(self.out, index=False, float_format="%.6g")
