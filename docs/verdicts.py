@@ -49,7 +49,8 @@ def keep(home: Path, name: str, out: Path) -> None:
 
 def keep_pool(home: Path, out: Path) -> None:
     "All runs of dpo on facts with one learning rate, from two comparisons, under seeds of their own."
-    runs = [r for r in read_runs([home / "facts"]) if r.method in ("base", "dpo", "dpo:repeat=1")] + [r for r in read_runs([home / "pool"]) if r.method == "dpo"]
+    runs = [r for r in read_runs([home / "facts"]) if r.method in ("base", "dpo", "dpo:repeat=1")]
+    runs += [r for r in read_runs([home / "pool"]) if r.method == "dpo"]
     seed = iter(range(1000))
     one = read_results(home / "pool")
     pooled = [Run("base", r.seed, r.folder) if r.method == "base" else Run("dpo", next(seed), r.folder) for r in runs]

@@ -87,8 +87,8 @@ def test_help_is_instant_and_narrow():
         assert example.split("\n")[0] in done.stdout, name
 
 
-@pytest.mark.parametrize("name", ["demo", "train", "compare", "evaluate", "report", "power", "methods", "pairs show", "world train", "world sample", "world check",
-                                  "world controls"])
+@pytest.mark.parametrize("name", ["demo", "train", "compare", "evaluate", "report", "power", "methods", "pairs show", "world train", "world sample",
+                                  "world check", "world controls"])
 def test_every_command_has_help(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert call([*name.split(), "--help"]) == 0
@@ -194,10 +194,12 @@ def test_tuned_controlled_and_registered(capsys, home):
     assert "5 methods x 1 seed = 5 runs, after 8 tuning runs (4 x 2 rates x 1 seed)" in out and out.startswith("plan ")
     plan, tune = (json.loads((home / "fair" / name).read_text()) for name in ("plan.json", "tune.json"))
     assert plan["hash"] in out and plan["config"]["seed"] > 10**6 and "equal KL" in plan["primary"]
-    assert set(tune["methods"]) == {"dpo", "hs-none-retain", "hs-none-random", "hs-none-swapped"} and all(t["chosen"] in (0.001, 0.01) for t in tune["methods"].values())
+    assert set(tune["methods"]) == {"dpo", "hs-none-retain", "hs-none-random", "hs-none-swapped"}
+    assert all(t["chosen"] in (0.001, 0.01) for t in tune["methods"].values())
     run = next((home / "fair" / "runs" / "dpo").glob("seed-*"))
     assert {"frontier.parquet", "movement.json", "generations.jsonl", "coherence.json"} <= {p.name for p in run.iterdir()}
-    manifest, again = (json.loads((home / "fair" / "runs" / d / run.name / "manifest.json").read_text()) for d in ("dpo", next((home / "fair" / "runs").glob("dpo_repeat*")).name))
+    twin = next((home / "fair" / "runs").glob("dpo_repeat*")) / run.name
+    manifest, again = (json.loads((folder / "manifest.json").read_text()) for folder in (run, twin))
     assert manifest["settled"]["lr"] == tune["methods"]["dpo"]["chosen"] == again["settled"]["lr"] and manifest["settled"]["seed"] != again["settled"]["seed"]
     summary = json.loads((home / "fair" / "summary.json").read_text())
     assert {v["word"] for v in summary["judgement"]["verdicts"].values()} == {"demonstration"} and "sections not made" not in summary

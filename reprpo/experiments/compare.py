@@ -10,7 +10,7 @@ __all__ = ['DEMO', 'DEMO_SETS', 'with_controls', 'judge_base', 'tune', 'conduct'
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import UserError
@@ -123,7 +123,8 @@ def describe(
     done = sum(is_done(j.folder) for j in [*jobs, *tuning])
     extra = f", after {count(len(tuning), 'tuning run')} ({len(labels)} x {len(tuning) // len(labels) // config.tune_seeds} rates x " \
             f"{count(config.tune_seeds, 'seed')})" if tuning else ""
-    lines = [f"{count(len(methods), 'method')} x {count(config.seeds, 'seed')} = {count(len(jobs), 'run')}{extra}{f', {done} of them done already' if done else ''}",
+    extra += f", {done} of them done already" if done else ""
+    lines = [f"{count(len(methods), 'method')} x {count(config.seeds, 'seed')} = {count(len(jobs), 'run')}{extra}",
              f"train on {config.train}: {len(bench.train)} pairs, {len(bench.val)} for validation; {config.steps} steps of {config.batch_size}",
              f"judge on {', '.join(sets)}"]
     if config.controls == "all": lines.append(LAYER_ZERO)

@@ -60,7 +60,8 @@ def read_runs(
         order += [m for m in listed or read_yaml(out/"config.yaml")["methods"] if m not in order]
     seen = {}
     for r in runs:
-        if (r.method, r.seed) in seen: raise UserError(f"{r.method}, seed {r.seed} is in {seen[r.method, r.seed]} and in {r.folder}; give folders with different seeds")
+        if (r.method, r.seed) in seen:
+            raise UserError(f"{r.method}, seed {r.seed} is in {seen[r.method, r.seed]} and in {r.folder}; give folders with different seeds")
         seen[r.method, r.seed] = r.folder
     place = {m: i for i, m in enumerate(["base", *order])}
     return sorted(runs, key=lambda r: (place[r.method], r.seed))
@@ -76,7 +77,8 @@ def check_together(
         other = read_yaml(Path(out)/"config.yaml")
         gone = [d for d in differences({k: v for k, v in first.items() if k not in MAY_DIFFER}, {k: v for k, v in other.items() if k not in MAY_DIFFER})]
         if gone: raise UserError(f"{outs[0]} and {out} are different comparisons ({'; '.join(gone)}); report them apart")
-        if read_json(Path(outs[0])/"sets.json") != read_json(Path(out)/"sets.json"): raise UserError(f"{outs[0]} and {out} judge on different sets; report them apart")
+        if read_json(Path(outs[0])/"sets.json") != read_json(Path(out)/"sets.json"):
+            raise UserError(f"{outs[0]} and {out} judge on different sets; report them apart")
 
 # %% ../../nbs/10_experiments/03_read.ipynb #cell-007
 def together(parts:list) -> pd.DataFrame|None:
@@ -95,7 +97,8 @@ def history_frame(runs:list[Run]) -> pd.DataFrame|None:
 def cost_frame(runs:list[Run]) -> pd.DataFrame|None:
     "What each run cost: method, seed, lr, seconds, tokens."
     told = [(r, r.json("manifest.json")) for r in runs if r.method != "base"]
-    rows = [dict(method=r.method, seed=r.seed, lr=m.get("settled", {}).get("lr"), seconds=m["seconds"], tokens=m.get("tokens")) for r, m in told if "seconds" in m]
+    rows = [dict(method=r.method, seed=r.seed, lr=m.get("settled", {}).get("lr"), seconds=m["seconds"], tokens=m.get("tokens"))
+            for r, m in told if "seconds" in m]
     return pd.DataFrame(rows) if rows else None
 
 def coherence_frame(

@@ -131,7 +131,9 @@ class Results:
         if self.methods: write_report(self.out, self.scores, self.sets, self.question, manifest=self.manifest, page=self.page(), score=self.score)
         return self
 
-    def __repr__(self) -> str: return "\n\n".join([*map(text_table, self.tables), *([repr(self.judgement)] if self.methods and self.judgement.verdicts else [])])
+    def __repr__(self) -> str:
+        judged = [repr(self.judgement)] if self.methods and self.judgement.verdicts else []
+        return "\n\n".join([*map(text_table, self.tables), *judged])
 
     def _repr_markdown_(self) -> str:
         if not self.methods: return f"no run in {self.out} has finished"

@@ -43,7 +43,7 @@ def run(
     method,                    # string, Method or loss function
     seed:int,                  # data order, adapter, dropout
     out:str|Path,              # folder to make
-    probe:Probe=Probe(),       # what it is asked beside its sets
+    probe:Probe|None=None,     # what it is asked beside its sets; None: nothing
     show:bool=False,           # the step-zero table and the progress
     lr:float|None=None,        # learning rate that tuning chose; None: the configuration's or the method's
 ) -> Path:                     # the finished folder
@@ -54,7 +54,7 @@ def run(
     with unfinished(out) as folder:
         trained = train(bench.model, bench.tokenizer, method, bench.data.train, settings, folder, progress=show)
         with trained.attached() as model:
-            measure(model, bench, probe, folder)
+            measure(model, bench, probe or Probe(), folder)
             append_jsonl(folder/"metrics.jsonl", {"step": trained.config.steps} | validate(model, bench))
         write_yaml(folder/"config.yaml", config)
         told = {"layers": trained.view.words, "seconds": trained.seconds, "tokens": trained.tokens}

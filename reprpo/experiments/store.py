@@ -9,7 +9,6 @@ __all__ = ['COLUMNS', 'bits', 'pack', 'Packed', 'unpack']
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ..errors import UserError

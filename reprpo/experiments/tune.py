@@ -6,7 +6,6 @@
 __all__ = ['GRID', 'SEEDS', 'rates', 'tuned_as', 'to_tune', 'tune_run', 'accuracy_of', 'one_se', 'tuning_table', 'choose']
 
 # %% ../../nbs/10_experiments/02_tune.ipynb #cell-002
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
