@@ -43,6 +43,15 @@ def test_nothing_badly_damaged_is_called_coherent(table):
     assert len(bad) and (bad.status == "broken").all()
 
 
+def test_runs_of_comparisons():
+    runs = pd.read_csv(TABLE.with_name("coherence_runs.csv"))
+    damaged = 1 - runs.share / runs.base_share >= DAMAGED
+    broken = int((runs.status[~damaged] == "broken").sum())
+    assert len(runs) >= 200 and broken / (~damaged).sum() <= 0.02, wilson(broken, int((~damaged).sum()))
+    assert not (runs.status[damaged] == "coherent").any()
+    if damaged.any(): assert area(runs.damage, damaged) >= 0.95
+
+
 def test_the_world_writes_well():
     rows = [r for name in ("facts", "kind", "honesty", "feedback", "flattery", "arith") for r in pref_set(name, "test", n=20)]
     texts = [Generation((1,), (1,), r["prompt"], r[k], "greedy", True) for r in rows for k in ("chosen", "rejected")]
