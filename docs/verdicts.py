@@ -63,7 +63,8 @@ TITLES = {"facts": "facts", "kind": "kindness", "facts_cue": "facts with a cue",
 def write_table(out: Path) -> None:
     "The verdicts of all training sets as one Markdown table, for the first page."
     found = {title: json.loads((out / f"{name}-verdicts.json").read_text())["verdicts"] for name, title in TITLES.items()}
-    cell = lambda v: "" if v is None else f"{v['estimate']:+.1f} [{v['interval'][0]:.1f}, {v['interval'][1]:.1f}] {v['word']}"
+    broken = lambda v: f" ({v['note']})" if "broken" in v["note"] else ""
+    cell = lambda v: "" if v is None else f"{v['estimate']:+.1f} [{v['interval'][0]:.1f}, {v['interval'][1]:.1f}] {v['word']}{broken(v)}"
     lines = ["| points against dpo at equal KL | " + " | ".join(found) + " |", "| --- |" + " --- |" * len(found)]
     lines += [f"| `{m}` | " + " | ".join(cell(f.get(m)) for f in found.values()) + " |" for m in found["facts"]]
     seeds = {n: max(v["seeds"] for v in f.values()) for n, f in found.items()}
