@@ -42,7 +42,7 @@ def pack(
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pd.concat([p.astype({c: str for c in ("method", "set", "kind", "row")}) for p in parts], ignore_index=True)
     table.astype(dict.fromkeys(("method", "set", "kind", "row"), "category")).to_parquet(path, compression="zstd", index=False)
-    lines = lambda f, digits=6: [] if f is None else keep(f).round(digits).to_dict("records")
+    lines = lambda f, digits=12: [] if f is None else keep(f).round(digits).to_dict("records")
     told = dict(score=results.score, sets=results.sets.to_dict("records"), kl=lines(results.kl), manifest=results.manifest,
                 coherence=lines(results.coherence[["method", "seed", "damage", "status"]] if results.coherence is not None else None, 4),
                 tune=read_json(results.out/"tune.json") if (results.out/"tune.json").exists() else None, ceilings=results.ceilings)
