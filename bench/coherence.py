@@ -1,6 +1,6 @@
 """Damage models of the world on purpose and hold the coherence number against the parser: python bench/coherence.py [OUT]
 
-Writes one line a model to files/results/coherence.csv. Lines that are there are not made again, so it can be interrupted. About 12 minutes on a core.
+Writes one line a model to files/results/coherence.csv. Lines that are there are not made again, so it can be interrupted.
 """
 import copy
 import sys

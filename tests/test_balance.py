@@ -3,7 +3,7 @@ from dataclasses import replace
 from functools import wraps
 
 import pytest
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tiny import tiny_rows
 
 from reprpo.errors import UserError
 from reprpo.io import read_jsonl
@@ -13,19 +13,7 @@ from reprpo.train.method import Method
 from reprpo.train.trainer import train
 
 SHARE = "hs-none-inner:layers=[1,2],balance=share,share=0.3"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("REPRPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture(scope="module")
-def model(): return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(): return tiny_tokenizer()
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def run(model, tokenizer, method=SHARE, **options):

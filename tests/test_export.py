@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 MODULES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "reprpo").rglob("*.py")) if path.name != "_modidx.py"}
 ORDER = ["core", "world", "pairs", "states", ("transforms", "losses", "gradients", "decompose"), "train", "judge", ("stories", "pause"), "experiments",
-         "arguments", "cli"]
+         "arguments", "commands", "cli"]
 CORE = {"errors", "io", "seeds", "models", "plots"}
 FRONT = {"__init__", "__main__"}
 TENSORS_ONLY = {"transforms", "losses"}
@@ -160,7 +160,7 @@ def test_transforms_and_losses_know_only_tensors():
     none_of(wrong, "transforms and losses see tensors, not models or batches:")
 
 
-@pytest.mark.parametrize("module", ["reprpo", "reprpo.cli", "reprpo.experiments.config", "reprpo.pairs.spec"])
+@pytest.mark.parametrize("module", ["reprpo", "reprpo.cli", "reprpo.commands", "reprpo.experiments.config", "reprpo.pairs.spec"])
 def test_light_modules_load_nothing_heavy(module):
     done = run("-c", f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'pandas', 'matplotlib'}} & set(sys.modules)))")
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr

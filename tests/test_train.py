@@ -2,7 +2,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tiny import tiny_rows
 
 from reprpo.errors import UserError
 from reprpo.train.checks import base_checksum
@@ -11,18 +11,7 @@ from reprpo.train.trainer import train
 METHODS = ["dpo", "ipo", "ipo_hinge", "simpo", "simper", "sft", "hs-none-inner:layers=[1,2]", "side-none-inner:layers=1",
            "hs-none-prefvec:layers=1", "hs-none-mse:layers=1", "hs-none-retain:layers=1", "hs-none-random:layers=1", "hs-none-swapped:layers=1"]
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("REPRPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture(scope="module")
-def model(): return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(): return tiny_tokenizer()
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def run(model, tokenizer, method="dpo", **options):

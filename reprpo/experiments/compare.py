@@ -8,7 +8,6 @@ __all__ = ['DEMO', 'DEMO_SETS', 'with_controls', 'judge_base', 'tune', 'conduct'
 
 # %% ../../nbs/10_experiments/04_compare.ipynb #cell-002
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -56,7 +55,7 @@ def judge_base(
             return probe
     if read_json(folder/"manifest.json")["data"] != bench.hashes:
         raise UserError(f"the pairs have changed since {out} was begun; choose another --out, or delete it")
-    with tempfile.TemporaryDirectory() as tmp: return make_probe(bench, Path(tmp), kl)
+    return make_probe(bench, folder, kl)
 
 def tune(
     config:CompareConfig,

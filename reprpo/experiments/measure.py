@@ -15,7 +15,7 @@ import pandas as pd
 from torch import nn
 
 from .prepare import Bench
-from ..io import write_json
+from ..io import read_json, write_json
 from ..judge.coherence import coherence
 from ..judge.generate import Generation, generate
 from ..judge.movement import movement
@@ -86,7 +86,7 @@ def line(g:Generation) -> dict:
 
 def make_probe(
     bench:Bench,
-    folder:Path,      # base folder: generations.jsonl and coherence.json go there
+    folder:Path,      # of the base: generations.jsonl and coherence.json are written there, or read if they are there
     kl:bool=False,    # will KL be measured, on the frontier or in tuning?
     seed:int=0,       # of the texts
 ) -> Probe:
@@ -95,7 +95,8 @@ def make_probe(
     asked = [p.prompt for p in bench.data.evals[0]][:len(neutral) // 3]
     writing, features = (*neutral[::3], *asked), None
     reference = tuple(generate(bench.model, bench.tokenizer, neutral, TOKENS, seed=seed)) if kl else ()
-    if bench.config.coherence:
+    if bench.config.coherence and (folder/"coherence.json").exists(): features = read_json(folder/"coherence.json")
+    elif bench.config.coherence:
         texts, features = coherence(bench.model, bench.tokenizer, writing, seed=seed)
         write_lines(folder/"generations.jsonl", [line(g) for g in texts])
         write_json(folder/"coherence.json", features)
