@@ -84,7 +84,7 @@ class TrainConfig(AdapterConfig):
         return share // micro
 
     @property
-    def warmup_steps(self) -> int: return math.ceil(self.warmup * self.steps)
+    def warmup_steps(self) -> int: return min(math.ceil(self.warmup * self.steps), self.steps - 1) # the rate of the first is 0
 
     @classmethod
     def of(cls,
