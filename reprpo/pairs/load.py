@@ -204,7 +204,8 @@ def _column(row:dict, column:str, at:str):
         raise UserError(f"{at}: no column '{column}'; the row has {have}; name the right one with an option such as {column}={first}")
     value = row[column]
     if isinstance(value, str) or is_messages(value): return value
-    raise UserError(f"{at}: column '{column}' holds {type(value).__name__}, not text; {'it is empty' if value is None or value != value else 'write it as text'}")
+    hint = "it is empty" if value is None or value != value else "write it as text"
+    raise UserError(f"{at}: column '{column}' holds {type(value).__name__}, not text; {hint}")
 
 def _parts(row:dict, columns:tuple[str, ...], at:str) -> tuple[Turns, str, str, str]:
     "(turns before, prompt, chosen, rejected) of a raw row."
