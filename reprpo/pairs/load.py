@@ -19,7 +19,7 @@ from pathlib import Path
 from ..errors import UserError, nearest
 from ..io import content_hash
 from .chat import Turns, is_messages, read_turns, split_messages, write_prompt
-from .spec import COLUMNS, PairSpec, split_files
+from .spec import COLUMNS, PairSpec, exists, split_files
 from ..seeds import derive
 
 # %% ../../nbs/02_pairs/01_load.ipynb #cell-005
@@ -108,9 +108,9 @@ def _cell(text:str, width:int=70) -> str:
 # %% ../../nbs/02_pairs/01_load.ipynb #cell-009
 def _find(path:Path) -> Path:
     "The file itself, or one line that names the nearest file beside it."
-    if path.is_dir(): raise UserError(f"{path} is a folder; name a file in it (a set on the hub that has this name is hub:{path})")
-    if path.exists(): return path
-    if not path.parent.is_dir(): raise UserError(f"no file {path}: there is no folder {path.parent}")
+    if exists(path) and path.is_dir(): raise UserError(f"{path} is a folder; name a file in it (a set on the hub that has this name is hub:{path})")
+    if exists(path): return path
+    if not exists(path.parent) or not path.parent.is_dir(): raise UserError(f"no file {path}: there is no folder {path.parent}")
     raise UserError(f"no file {path}{nearest(path.name, [p.name for p in path.parent.iterdir() if p.is_file()])}")
 
 def _json_lines(path:Path) -> Iterator[tuple[int, dict]]:
@@ -153,10 +153,10 @@ def find_files(
     path:str,        # a file, a pattern such as shards/*.jsonl, or several of both joined with +
 ) -> list[Path]:     # those that are there, patterns in alphabetical order
     "The files that a path names; each at most once."
-    if Path(path).is_file(): return [Path(path)]
+    if exists(path) and Path(path).is_file(): return [Path(path)]
     found = []
     for part in split_files(path):
-        here = sorted(map(Path, glob(part, recursive=True))) if has_magic(part) and not Path(part).exists() else [Path(part)]
+        here = sorted(map(Path, glob(part, recursive=True))) if has_magic(part) and not exists(part) else [Path(part)]
         if not here: raise UserError(f"no file matches {part}; the folder of the pattern is {Path(part).parent}")
         found += map(_find, here)
     twice = next((p for p, n in Counter(p.resolve() for p in found).items() if n > 1), None)
@@ -187,7 +187,9 @@ def read_rows(
     past = 0
     for path in find_files(spec.path):
         last = 0
-        for last, row in _READERS.get(path.suffix.lower(), _json_lines)(path): yield f"{path}:{last}", past + last, row
+        try:
+            for last, row in _READERS.get(path.suffix.lower(), _json_lines)(path): yield f"{path}:{last}", past + last, row
+        except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror or type(e).__name__})") from None
         past += last
 
 # %% ../../nbs/02_pairs/01_load.ipynb #cell-013

@@ -19,11 +19,11 @@ def layer_index(
     n_layers:int,         # N, the number of blocks
 ) -> int:                 # blocks passed, 0 … N
     "The layer that one number names."
-    text = str(number).strip()
+    text = str(number).strip() if not isinstance(number, int) or abs(number) < 10**9 else "a number that large"
     if text == "N": return n_layers
-    whole, share = re.fullmatch(r"[+-]?\d+", text), re.fullmatch(r"[+-]?\d*\.\d+", text)
+    whole, share = re.fullmatch(r"[+-]?\d{1,9}", text), re.fullmatch(r"[+-]?\d{0,9}\.\d{1,99}", text)
     if not (whole or share):
-        raise UserError(f"layers: '{text}' is not a layer; write a whole number (7), one from the end (-2), a share of the depth (0.3) or N")
+        raise UserError(f"layers: '{text[:60]}' is not a layer; write a whole number (7), one from the end (-2), a share of the depth (0.3) or N")
     value = Decimal(text)
     if share and not 0 < abs(value) < 1:
         raise UserError(f"layers: {text} is neither a whole number nor a share of the depth between 0 and 1; write {int(value)} or N")
@@ -39,7 +39,7 @@ def _span(text:str, n_layers:int) -> range:
     args = [a.strip() for a in text[len("range("):-1].split(",")]
     if len(args) not in (2, 3): raise UserError(f"layers: {text} needs a start, a stop and perhaps a step, as in range(0.3,-2)")
     step = args[2] if len(args) == 3 else "1"
-    if not re.fullmatch(r"\d+", step) or int(step) < 1: raise UserError(f"layers: the step of {text} must be a whole number of at least 1")
+    if not re.fullmatch(r"\d{1,9}", step) or int(step) < 1: raise UserError(f"layers: the step of {text[:60]} must be a whole number of at least 1")
     return range(layer_index(args[0], n_layers), layer_index(args[1], n_layers), int(step))
 
 def _items(spec, n_layers:int) -> Iterable[int]:
@@ -50,7 +50,9 @@ def _items(spec, n_layers:int) -> Iterable[int]:
     elif isinstance(spec, slice):
         start = 0 if spec.start is None else layer_index(spec.start, n_layers)
         stop = n_layers + 1 if spec.stop is None else layer_index(spec.stop, n_layers)
-        yield from range(start, stop, 1 if spec.step is None else spec.step)
+        if spec.step is not None and not (isinstance(spec.step, int) and spec.step > 0):
+            raise UserError(f"layers: the step of a slice must be a whole number of at least 1, this is {spec.step!r}")
+        yield from range(start, stop, spec.step or 1)
     elif isinstance(spec, Real): yield layer_index(spec, n_layers)
     elif isinstance(spec, Iterable):
         for item in spec: yield from _items(item, n_layers)
