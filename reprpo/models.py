@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'TOKENIZER_FILES', 'QUANTIZE', 'world_folder', 'pick_device', 'pick_dtype', 'load_tokenizer', 'quantization',
-           'quantised', 'load_model', 'decoder_blocks', 'fingerprint']
+           'quantised', 'load_model', 'decoder_blocks', 'plain_weight', 'base_name', 'fingerprint']
 
 # %% ../nbs/00_core/03_models.ipynb #cell-002
 import logging
@@ -152,13 +152,32 @@ def decoder_blocks(
     return outer[0]
 
 # %% ../nbs/00_core/03_models.ipynb #cell-013
+def _row_scales(layer): return layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+
 def _scales(model):
     "Of every quantised weight, its module's name and the scales that turn its codes into numbers."
     for name, module in model.named_modules():
-        weight, state = getattr(module, "weight", None), getattr(module, "state", None)
-        if hasattr(module, "base_layer") or type(weight).__name__ not in ("Int8Params", "Params4bit"): continue
-        found = weight.quant_state.absmax if type(weight).__name__ == "Params4bit" else weight.SCB if weight.SCB is not None else state.SCB
-        yield name, found
+        kind = type(getattr(module, "weight", None)).__name__
+        if hasattr(module, "base_layer") or kind not in ("Int8Params", "Params4bit"): continue
+        yield name, module.weight.quant_state.absmax if kind == "Params4bit" else _row_scales(module)
+
+def plain_weight(
+    layer,          # a linear layer, quantised or not
+) -> torch.Tensor:  # its weight; of a quantised one, the numbers that its codes stand for
+    "The weight as numbers."
+    kind, weight = type(layer.weight).__name__, layer.weight.data
+    if kind == "Int8Params": return weight.float() * _row_scales(layer)[:, None] / 127
+    if kind != "Params4bit": return weight
+    from bitsandbytes.functional import dequantize_4bit
+    return dequantize_4bit(weight, layer.weight.quant_state)
+
+def base_name(
+    name:str,  # of a parameter, in a model with or without an adapter or another intervention
+) -> str|None: # its name in the base model; None if it belongs to what was put on
+    "What the base model calls a parameter: the one rule by which an adapter's weights are told from the base's."
+    if any(part in name for part in (".lora_", ".modules_to_save.", ".edit_")): return None
+    for prefix in ("base_model.model.", "edited_model."): name = name.removeprefix(prefix)
+    return name.replace(".base_layer.", ".")
 
 def fingerprint(
     model,            # a causal LM, with or without a PEFT adapter
@@ -166,9 +185,9 @@ def fingerprint(
 ) -> str:             # 16 hex digits
     "A name for the base model's weights, cheap enough to take at every start."
     parts = [type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__]
-    tensors = [(n, p) for n, p in model.named_parameters() if ".lora_" not in n and ".modules_to_save." not in n]
-    for name, p in [*tensors, *((f"{n}.scales", s) for n, s in _scales(model))]:
-        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    tensors = [*model.named_parameters(), *((f"{n}.scales", s) for n, s in _scales(model))]
+    for name, p in ((base_name(n), p) for n, p in tensors):
+        if name is None: continue
         flat = p.detach().flatten()
         parts += [name, str(p.dtype), flat[:: max(1, flat.numel() // samples)].float(), flat.sum(dtype=torch.float64).reshape(1)]
     return content_hash(*parts)
