@@ -238,7 +238,7 @@ def _check_marks(pairs:PairSet, special:tuple[str, ...]) -> Iterator[Finding]:
     for mark, rows in sorted(found.items(), key=lambda x: -len(x[1]))[:4]:
         yield Finding("warn", pairs.label, "marks", f"{_rows_(len(rows))} with {mark!r} in the text, which a template or a tokenizer puts there{_places(rows)}",
                       "give the bare text, or messages, and let the model's template add its marks")
-    if headed:
+    if len(headed) > .05*len(pairs):
         yield Finding("note", pairs.label, "headers", f"{_rows_(len(headed))} with headers of their own (### Instruction, Human:){_places(headed)}",
                       "leave chat templates off for this set, or give messages instead")
 
@@ -297,7 +297,7 @@ def lint(
     if tokens is not None: found += _check_tokens(pairs, tokens)
     if reference is not None: found += _check_reference(pairs, reference, polarity)
     facts = [f"{len(pairs)} pairs", f"{len({p.key for p in pairs})} keys", f"{len({p.kind for p in pairs})} kinds",
-             f"chosen longer in {_percent(length.accuracy)} {_range(length.interval)}", f"best first word {_percent(word.accuracy)}"]
+             f"chosen longer in {_percent(length.accuracy)} {_range(length.interval)}" if length.n else "answers equally long", f"best first word {_percent(word.accuracy)}"]
     if reference is not None: facts.append(f"reference right in {_percent(reference_accuracy(reference)[0])}")
     others = tuple((o.label, f"{len(o)} pairs") for o in others if any(f.set == o.label for f in found))
     return Lint(((pairs.label, ", ".join(facts)), *others), tuple(found))
