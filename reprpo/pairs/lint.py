@@ -297,7 +297,8 @@ def lint(
     if tokens is not None: found += _check_tokens(pairs, tokens)
     if reference is not None: found += _check_reference(pairs, reference, polarity)
     longer = f"chosen longer in {_percent(length.accuracy)} {_range(length.interval)}" if length.n else "answers equally long"
-    facts = [f"{len(pairs)} pairs", f"{len({p.key for p in pairs})} keys", f"{len({p.kind for p in pairs})} kinds", longer, f"best first word {_percent(word.accuracy)}"]
+    facts = [f"{len(pairs)} pairs", f"{len({p.key for p in pairs})} keys", f"{len({p.kind for p in pairs})} kinds",
+             longer, f"best first word {_percent(word.accuracy)}"]
     if reference is not None: facts.append(f"reference right in {_percent(reference_accuracy(reference)[0])}")
     others = tuple((o.label, f"{len(o)} pairs") for o in others if any(f.set == o.label for f in found))
     return Lint(((pairs.label, ", ".join(facts)), *others), tuple(found))
