@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..pairs.tokenize import context_length, leading_ids, pad_id
+from ..pairs.template import asked, turn_end
+from ..pairs.tokenize import context_length, pad_id, prompt_ids
 from ..seeds import derive
 from ..states.capture import bare
 from ..states.forward import eval_mode
@@ -37,12 +38,11 @@ class Generation:
 # %% ../../nbs/09_judge/06_generate.ipynb #cell-007
 def prompt_rows(
     tokenizer,
-    prompts:list[str],
+    prompts:list,        # text, pairs or messages
     limit:int,           # tokens a prompt may have
 ) -> list[list[int]]:
     "Ids of the prompts; an empty one, or one that leaves no room, is an error."
-    lead = leading_ids(tokenizer)
-    rows = [lead + ids for ids in tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]] if prompts else []
+    rows = prompt_ids(list(prompts), tokenizer)
     for i, ids in enumerate(rows):
         if not ids: raise UserError(f"prompt {i} is empty, and the tokenizer adds no BOS to begin from; leave it out")
         if len(ids) > limit: raise UserError(f"prompt {i} has {len(ids)} tokens, with the new ones more than the model's context; it may have {limit}")
@@ -71,11 +71,11 @@ def plain_settings(
     model:nn.Module,  # the HF model inside any wrapper
     tokenizer,
 ) -> Iterator[list[int]]: # end tokens
-    "The model without generation settings of its own; its end tokens are kept."
+    "The model without generation settings of its own; its end tokens are kept, and the end of a turn is one."
     from transformers import GenerationConfig
     own = model.generation_config
     ends = own.eos_token_id if own is not None else None
-    ends = set(ends if isinstance(ends, (list, tuple)) else [ends]) | {tokenizer.eos_token_id}
+    ends = set(ends if isinstance(ends, (list, tuple)) else [ends]) | {tokenizer.eos_token_id, turn_end(tokenizer)}
     model.generation_config = GenerationConfig()
     try: yield sorted(ends - {None})
     finally: model.generation_config = own
@@ -96,7 +96,7 @@ def own_chance(
 def generate(
     model:nn.Module,        # a causal LM as it stands: with its adapter, unless that is disabled
     tokenizer,              # of any kind; without a pad token, EOS fills
-    prompts:list[str],      # what to go on from
+    prompts:list,           # what to go on from: text, pairs, or messages that end with one of the user
     tokens:int=32,          # new tokens at most
     temperature:float=1.0,  # 1: the model's own probabilities; 0: greedy
     seed:int=0,             # of the sampling
@@ -105,14 +105,16 @@ def generate(
     "Continue each prompt to its natural end."
     from transformers import GenerationConfig
     hf, device, pad = bare(model), next(model.parameters()).device, pad_id(tokenizer)
-    rows = prompt_rows(tokenizer, prompts, context_length(tokenizer, hf.config.get_text_config(), cap=2**30) - tokens)
+    at, text = getattr(model, "insertion", None) or (0, ())
+    rows = prompt_rows(tokenizer, prompts, context_length(tokenizer, hf.config.get_text_config(), cap=2**30) - tokens - len(text))
     order, new = sorted(range(len(rows)), key=lambda i: len(rows[i])), {}
     how = dict(do_sample=True, temperature=float(temperature), top_k=0) if temperature else dict(do_sample=False)
     with eval_mode(model), plain_settings(hf, tokenizer) as ends, own_chance(seed, device), torch.autocast(device.type, enabled=False):
         config = GenerationConfig(max_new_tokens=tokens, use_cache=True, pad_token_id=pad, eos_token_id=ends, **how)
         for some in (order[i:i+batch_size] for i in range(0, len(order), batch_size)):
-            ids, mask = (x.to(device) for x in left_pad([rows[i] for i in some], pad))
+            ids, mask = (x.to(device) for x in left_pad([[*rows[i][:at], *text, *rows[i][at:]] for i in some], pad))
             out = hf.generate(input_ids=ids, attention_mask=mask, generation_config=config)
             new |= {i: until_end(x, set(ends)) for i, x in zip(some, out[:, ids.shape[1]:].tolist())}
-    texts = tokenizer.batch_decode([new[i][0] for i in range(len(rows))], skip_special_tokens=True) if rows else []
-    return [Generation(tuple(rows[i]), tuple(new[i][0]), prompts[i], texts[i], "sampled" if temperature else "greedy", new[i][1]) for i in range(len(rows))]
+    texts = tokenizer.batch_decode([new[i][0][:-1] if new[i][1] else new[i][0] for i in range(len(rows))], skip_special_tokens=True) if rows else []
+    said = [p if isinstance(p, str) else asked(p)[-1][1] for p in prompts]
+    return [Generation(tuple(rows[i]), tuple(new[i][0]), said[i], texts[i], "sampled" if temperature else "greedy", new[i][1]) for i in range(len(rows))]

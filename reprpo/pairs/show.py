@@ -8,19 +8,23 @@ __all__ = ['ROLES', 'visible', 'token_texts', 'Rendering', 'show_pair']
 # %% ../../nbs/02_pairs/04_show.ipynb #cell-002
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 
+from .literal import special_tokens
 from .tokenize import TokenPair
 from ..plots import COLORS
 
 # %% ../../nbs/02_pairs/04_show.ipynb #cell-005
-ROLES = ("prompt", "unscored", "chosen", "rejected", "EOS")
+ROLES = ("prompt", "template", "unscored", "chosen", "rejected", "EOS")
 _BOX = "padding:0 .12em;margin:0 1px;border-radius:3px;white-space:pre-wrap;"
 _HTML = {"prompt": f"{_BOX}background:{COLORS['null']}33;",
+         "template": f"{_BOX}background:{COLORS['reference']}26;font-style:italic;",
          "unscored": f"{_BOX}background:{COLORS['null']}33;border:1px dashed {COLORS['null']};",
          "chosen": f"{_BOX}background:{COLORS['chosen']}59;",
          "rejected": f"{_BOX}background:{COLORS['rejected']}59;",
+         "special": "outline:1px solid currentColor;",
          "EOS": "outline:1px solid currentColor;font-weight:bold;"}
-_ANSI = {"prompt": "2", "unscored": "2;4", "chosen": "30;46", "rejected": "30;43", "EOS": "1;7"}
+_ANSI = {"prompt": "2", "template": "3;35", "unscored": "2;4", "chosen": "30;46", "rejected": "30;43", "special": "4", "EOS": "1;7"}
 
 def visible(
     text:str, # text of a token
@@ -41,39 +45,46 @@ def token_texts(
 # %% ../../nbs/02_pairs/04_show.ipynb #cell-007
 @dataclass(frozen=True, repr=False)
 class Rendering:
-    "Tokens with their roles: HTML in a notebook, colours in a terminal, bars between tokens as plain text."
-    lines: list[tuple[str, list[tuple[str, str]]]]  # (heading, [(text, role)]); EOS of an answer has the role "chosen+EOS"
+    "Tokens with their roles: HTML in a notebook, colours in a terminal; as plain text bars between tokens, and ⟨ ⟩ around a template's."
+    lines: list[tuple[str, list[tuple[str, str]]]]  # (heading, [(text, role)]); the end of an answer is "chosen+EOS", other special tokens "template+special"
 
     def _repr_html_(self) -> str:
         rows = "".join(f'<tr><td style="text-align:right;vertical-align:top;padding-right:1em">{escape(head)}</td>'
                        f'<td style="text-align:left;font-family:monospace;line-height:1.8">{"".join(_span(*t) for t in tokens)}</td></tr>'
                        for head, tokens in self.lines)
-        legend = " ".join(_span(r, r if r != "EOS" else "prompt+EOS") for r in ROLES)
-        return f'<table>{rows}</table><div style="font-size:85%">{legend} &nbsp; scored: chosen, rejected and their EOS</div>'
+        shown = {role.partition("+")[0] for _, tokens in self.lines for _, role in tokens}
+        legend = " ".join(_span(r, r if r != "EOS" else "prompt+EOS") for r in ROLES if r in shown or r == "EOS")
+        return f'<table>{rows}</table><div style="font-size:85%">{legend} &nbsp; scored: chosen, rejected and their EOS; framed: special tokens</div>'
 
     def ansi(self) -> str:
         "The same for a terminal."
         def paint(text, role):
-            side, _, end = role.partition("+")
-            return f"\x1b[{_ANSI[side]}{';' + _ANSI['EOS'] if end else ''}m{visible(text)}\x1b[0m"
+            side, _, more = role.partition("+")
+            return f"\x1b[{_ANSI[side]}{';' + _ANSI[more] if more else ''}m{visible(text)}\x1b[0m"
         return "\n".join(f"{head:>9}  " + "".join(paint(*t) for t in tokens) for head, tokens in self.lines)
 
     def __repr__(self) -> str:
-        return "\n".join(f"{head:>9}  " + "|".join(visible(t) for t, _ in tokens) for head, tokens in self.lines)
+        def run(own, tokens):
+            text = "|".join(visible(t) for t, _ in tokens)
+            return f"⟨{text}⟩" if own else text
+        return "\n".join(f"{head:>9}  " + "|".join(run(*r) for r in groupby(tokens, lambda t: t[1].startswith("template"))) for head, tokens in self.lines)
 
 def _span(text:str, role:str) -> str:
-    side, _, end = role.partition("+")
-    return f'<span style="{_HTML[side]}{_HTML["EOS"] if end else ""}">{escape(visible(text))}</span>'
+    side, _, more = role.partition("+")
+    return f'<span style="{_HTML[side]}{_HTML[more] if more else ""}">{escape(visible(text))}</span>'
 
 # %% ../../nbs/02_pairs/04_show.ipynb #cell-008
 def show_pair(
     pair:TokenPair,
     tokenizer,
 ) -> Rendering:
-    "The tokens of a pair, each with its role: prompt, unscored, chosen, rejected, EOS."
+    "The tokens of a pair, each with its role: prompt, template, unscored, chosen, rejected, EOS; special tokens are marked."
+    special, own = set(tokenizer.all_special_ids) | set(special_tokens(tokenizer).values()), set(pair.fixed)
+    def mark(i, role, name="special"): return role + f"+{name}"*(i in special)
     def branch(ids, start, side):
-        roles = ["unscored" if k < start else side + "+EOS"*(i == tokenizer.eos_token_id) for k, i in enumerate(ids)]
+        roles = [mark(i, "unscored") if k < start else mark(i, side, "EOS") for k, i in enumerate(ids)]
         return list(zip(token_texts(ids, tokenizer), roles))
-    return Rendering([("prompt", [(t, "prompt") for t in token_texts(pair.prompt, tokenizer)]),
+    prompt = [mark(i, "template" if j in own else "prompt") for j, i in enumerate(pair.prompt)]
+    return Rendering([("prompt", list(zip(token_texts(pair.prompt, tokenizer), prompt))),
                       ("chosen", branch(pair.chosen, pair.chosen_start, "chosen")),
                       ("rejected", branch(pair.rejected, pair.rejected_start, "rejected"))])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TokenPair', 'TruncationReport', 'TokenSet', 'check_tokenizer', 'leading_ids', 'pad_id', 'context_length', 'encode',
-           'cut', 'tokenize_pairs']
+           'prompt_ids', 'cut', 'tokenize_pairs']
 
 # %% ../../nbs/02_pairs/02_tokenize.ipynb #cell-002
 from collections.abc import Iterator
@@ -14,20 +14,23 @@ import numpy as np
 
 from ..errors import UserError, unknown
 from ..io import content_hash
+from .literal import encode_parts
 from .load import Pair, PairSet
+from .template import asked, render, template_of
 
 # %% ../../nbs/02_pairs/02_tokenize.ipynb #cell-005
 @dataclass(frozen=True)
 class TokenPair:
     "The token ids of one pair."
     prompt: list[int]          # what both branches share, never scored; begins with BOS if the tokenizer adds it
-    chosen: list[int]          # the rest of the chosen branch, EOS included
-    rejected: list[int]        # the rest of the rejected branch, EOS included
+    chosen: list[int]          # the rest of the chosen branch, with the token that ends it
+    rejected: list[int]        # the rest of the rejected branch, with the token that ends it
     chosen_start: int = 0      # leading tokens of `chosen` that hold prompt text only; they are not scored
     rejected_start: int = 0    # the same for `rejected`
     row: int = 0               # row of the pair in its source
     kind: str = ""             # cluster for resampling
     key: str = ""              # what splits must not share
+    fixed: tuple[int, ...] = ()  # places in `prompt` of tokens that hold nothing of the row's turns: a template's, and a system text
 
     @property
     def longest(self) -> int: return len(self.prompt) + max(len(self.chosen), len(self.rejected))
@@ -93,7 +96,8 @@ def check_tokenizer(tokenizer) -> None:
 def leading_ids(
     tokenizer,
 ) -> list[int]:  # [BOS], or [] where none is added
-    "What the tokenizer puts before any text by itself."
+    "What the tokenizer puts before any text by itself; nothing where a chat template writes the text, BOS included."
+    if template_of(tokenizer).kind == "chat": return []
     bare, full = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (False, True))
     return next((full[:i] for i in range(len(full)) if full[i:i+len(bare)] == bare), [])
 
@@ -111,20 +115,12 @@ def context_length(
     return int(min([cap, *(k for k in known if k)]))
 
 # %% ../../nbs/02_pairs/02_tokenize.ipynb #cell-012
-def _boundary(
-    offsets:list[tuple[int, int]],  # (first, last + 1) character of each token
-    m:int,                          # characters of the prompt
-) -> tuple[int, bool]:              # (first token with answer text, whether it holds prompt text too)
-    "Where the answer begins; leading spaces may be missing from offsets, so a token's text starts where the last one ended."
-    first = next((j for j, (_, end) in enumerate(offsets) if end > m), len(offsets))
-    return first, first < len(offsets) and m > (offsets[first-1][1] if first else 0)
-
-def _join(chosen:list[int], rejected:list[int], firsts:tuple[int, int], pair:Pair) -> TokenPair:
+def _join(chosen:list[int], rejected:list[int], firsts:tuple[int, int], fixed:tuple[int, ...], pair:Pair) -> TokenPair:
     "Cut two branches where they part, or where the first answer begins."
     n = min(firsts)
     shared = next((j for j in range(n) if chosen[j] != rejected[j]), n)
     starts = firsts[0] - shared, firsts[1] - shared
-    return TokenPair(chosen[:shared], chosen[shared:], rejected[shared:], *starts, pair.row, pair.kind, pair.key)
+    return TokenPair(chosen[:shared], chosen[shared:], rejected[shared:], *starts, pair.row, pair.kind, pair.key, tuple(j for j in fixed if j < shared))
 
 def encode(
     pairs:list[Pair],
@@ -132,33 +128,44 @@ def encode(
     lead:list[int],                   # what comes before every text, `leading_ids`
 ) -> Iterator[tuple[TokenPair, int]]: # each pair, and how many of its two answers begin inside a token
     "Token ids of pairs, each branch tokenised once as one text."
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    texts = [p.prompt + answer for p in pairs for answer in (p.chosen, p.rejected)]
-    found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-    for i, p in enumerate(pairs):
-        branches, firsts, straddles = [], [], 0
-        for ids, offsets in zip(found["input_ids"][2*i:2*i+2], found["offset_mapping"][2*i:2*i+2]):
-            before = lead[:-1] if lead and ids and ids[0] == bos == lead[-1] else lead
-            first, straddle = _boundary(offsets, len(p.prompt))
-            branches.append([*before, *ids, *([] if ids and ids[-1] == eos else [eos])])
-            firsts.append(len(before) + first)
-            straddles += straddle
-        if branches[0] == branches[1]: raise UserError(f"row {p.row}: both answers have the same tokens; remove the row")
+    eos = tokenizer.eos_token_id
+    rows = [render(tokenizer, asked(p), answer, f"row {p.row}") for p in pairs for answer in (p.chosen, p.rejected)]
+    found = encode_parts(rows, tokenizer, [f"row {p.row}" for p in pairs for _ in range(2)])
+    for p, *branches in zip(pairs, zip(rows[::2], found[::2]), zip(rows[1::2], found[1::2])):
+        ids = [[*lead, *e.ids, *([] if parts[-1][0] == "end" or e.ids and e.ids[-1] == eos else [eos])] for parts, e in branches]
+        firsts, fixed = tuple(len(lead) + e.first for _, e in branches), branches[0][1].fixed
+        if ids[0] == ids[1]: raise UserError(f"row {p.row}: both answers have the same tokens; remove the row")
         if min(firsts) == 0: raise UserError(f"row {p.row}: no token comes before the answer, so its first cannot be scored; add a prompt")
-        yield _join(*branches, tuple(firsts), p), straddles
+        yield _join(*ids, firsts, fixed, p), sum(e.straddles for _, e in branches)
+
+def prompt_ids(
+    prompts:list,     # text, Pairs, or messages that end with one of the user
+    tokenizer,
+) -> list[list[int]]: # what comes before an answer, as `encode` has it
+    "Ids of prompts that an answer is to follow."
+    at = [f"prompt {i}" for i in range(len(prompts))]
+    turns = [asked(p, where) for p, where in zip(prompts, at)]
+    if not turns: return []
+    if template_of(tokenizer).kind == "chat":
+        return [e.ids[:e.first] for e in encode_parts([render(tokenizer, t, "A", where) for t, where in zip(turns, at)], tokenizer, at)]
+    lead = leading_ids(tokenizer)
+    return [lead + e.ids for e in encode_parts([render(tokenizer, t, "", where)[:1] for t, where in zip(turns, at)], tokenizer, at)]
 
 # %% ../../nbs/02_pairs/02_tokenize.ipynb #cell-017
 def cut(
     pair:TokenPair,
     max_length:int,   # tokens that the prompt and one answer may have together
     n_lead:int=0,     # tokens at the start that stay (BOS)
-) -> TokenPair|None:  # None if the answers are equal or empty after the cut
-    "A pair cut to `max_length`: the prompt on the left, both answers on the right to one budget."
+) -> TokenPair|None:  # None if an answer is empty after the cut, or all that was asked, or if the answers are equal
+    "A pair cut to `max_length`: the prompt on the left, without what a template wrote; both answers on the right to one budget."
     room = max(max_length - (pair.longest - len(pair.prompt)), max_length//2)
-    spare = len(pair.prompt) - room
-    prompt = pair.prompt if spare <= 0 else pair.prompt[:n_lead] + pair.prompt[n_lead+spare:]
-    budget = max_length - len(prompt)
-    short = replace(pair, prompt=prompt, chosen=pair.chosen[:budget], rejected=pair.rejected[:budget])
+    stay = set(pair.fixed) | set(range(n_lead))
+    free = [j for j in range(len(pair.prompt)) if j not in stay]
+    gone = set(free[:max(len(pair.prompt) - room, 0)])
+    if pair.fixed and gone and len(gone) == len(free): return None
+    prompt, budget = [t for j, t in enumerate(pair.prompt) if j not in gone], max_length - len(pair.prompt) + len(gone)
+    fixed = tuple(j - sum(g < j for g in gone) for j in pair.fixed)
+    short = replace(pair, prompt=prompt, chosen=pair.chosen[:max(budget, 0)], rejected=pair.rejected[:max(budget, 0)], fixed=fixed)
     return None if short.chosen == short.rejected or min(short.scored) < 1 else short
 
 # %% ../../nbs/02_pairs/02_tokenize.ipynb #cell-021
