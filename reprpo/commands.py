@@ -111,8 +111,7 @@ def _demo(a) -> int:
 def _evaluate(a) -> int:
     if not a.run: raise UserError("no run given; name a folder made by train or compare")
     from reprpo.experiments.evaluate import evaluate
-    from reprpo.judge.report import text_table
-    print(text_table(evaluate(a.run, a.eval, a.out or None, eval_n=a.eval_n, score=a.score, device=a.device)))
+    print(evaluate(a.run, a.eval, a.out or None, eval_n=a.eval_n, score=a.score, device=a.device))
     return 0
 
 def _report(a) -> int:
