@@ -34,7 +34,7 @@ setup(
     package_data={package: ["world/assets/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=words("requirements"),
-    extras_require={"dev": words("dev_requirements"), "bench": ["trl>=1.16"]},
+    extras_require={"dev": words("dev_requirements"), "bench": ["trl>=1.16"], "quant": ["bitsandbytes>=0.50"]},
     classifiers=[
         "Intended Audience :: Science/Research",
         *("Programming Language :: Python :: " + v for v in python_versions[python_versions.index(cfg["min_python"]):]),

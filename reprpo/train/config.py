@@ -44,7 +44,7 @@ class TrainConfig(AdapterConfig):
     clip:float = 1.0                # largest norm of the gradient; 0: no clipping
     weight_decay:float = 0.0        # AdamW's
     seed:int = 0                    # of data order, adapter initialisation and dropout
-    precision:Literal["fp32", "bf16"] = "fp32" # bf16: autocast; losses and pooling stay fp32
+    precision:Literal["fp32", "bf16", "fp16"] = "fp32" # bf16, fp16: autocast; losses and pooling stay fp32, fp16 needs a GPU
     layers:str|None = None          # which layers methods on states read; None: the method's
     max_length:int|None = None      # tokens in prompt and answer; None: what the model can take
     on_truncate:str = "drop"        # what happens to pairs that are longer (pairs.tokenize)
@@ -91,5 +91,5 @@ class TrainConfig(AdapterConfig):
         config,     # any object with some of these fields, such as experiments.config.RunConfig
         **changes,  # fields to set
     ): # TrainConfig
-        "The training part of a larger configuration."
-        return cls(**{f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)} | changes)
+        "The training part of a larger configuration; what that leaves open (None) keeps its default here."
+        return cls(**{f.name: v for f in fields(cls) if (v := getattr(config, f.name, None)) is not None} | changes)
