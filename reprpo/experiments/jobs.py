@@ -36,9 +36,10 @@ class Job:
     folder: Path
     lr: float|None = None   # the rate to try, or the one that tuning chose
     tuning: bool = False
+    knob: str = "lr"        # what the rate is one of: lr, or strength
 
     def __str__(self) -> str:
-        return f"tuning {self.method}, lr {self.lr:g}, seed {self.seed - SEEDS}" if self.tuning else f"{self.method}, seed {self.seed}"
+        return f"tuning {self.method}, {self.knob} {self.lr:g}, seed {self.seed - SEEDS}" if self.tuning else f"{self.method}, seed {self.seed}"
 
     def asdict(self) -> dict:
         "As a worker is given it."
@@ -55,13 +56,12 @@ def plan_runs(
 
 def plan_tuning(
     config:CompareConfig,
-    labels:list[str],           # methods to tune
-    grid:tuple[float, ...],     # rates
+    grids:dict[str, tuple],     # label of a method to tune -> lr or strength, and the values to try
 ) -> list[Job]:
     "Every tuning run."
-    home = lambda m, lr, s: Path(config.out)/"tune"/slug(m)/f"lr-{lr:.3g}"/f"seed-{s}"
+    home = lambda m, knob, x, s: Path(config.out)/"tune"/slug(m)/f"{knob}-{x:.3g}"/f"seed-{s}"
     seeds = range(SEEDS + config.seed, SEEDS + config.seed + config.tune_seeds)
-    return [Job(m, s, home(m, lr, s), lr, True) for s in seeds for m in labels for lr in grid]
+    return [Job(m, s, home(m, knob, x, s), x, True, knob) for s in seeds for m, (knob, values) in grids.items() for x in values]
 
 @contextmanager
 def locked(

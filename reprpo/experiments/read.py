@@ -91,8 +91,9 @@ def kl_frame(runs:list[Run]) -> pd.DataFrame|None:
     return together([pd.DataFrame(moved["scales"]).assign(method=r.method, seed=r.seed) for r in runs if (moved := r.json("movement.json"))])
 
 def history_frame(runs:list[Run]) -> pd.DataFrame|None:
-    "What was logged while training: method, seed, step, …"
-    return together([pd.DataFrame(lines).assign(method=r.method, seed=r.seed) for r in runs if (lines := r.lines("metrics.jsonl"))])
+    "What was logged while training: method, seed, step, …; nothing of methods that are not trained."
+    told = [(r, r.lines("metrics.jsonl")) for r in runs]
+    return together([pd.DataFrame(lines).assign(method=r.method, seed=r.seed) for r, lines in told if any("loss" in row for row in lines)])
 
 def cost_frame(runs:list[Run]) -> pd.DataFrame|None:
     "What each run cost: method, seed, lr, seconds, tokens."

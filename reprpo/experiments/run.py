@@ -45,12 +45,12 @@ def run(
     out:str|Path,              # folder to make
     probe:Probe|None=None,     # what it is asked beside its sets; None: nothing
     show:bool=False,           # the step-zero table and the progress
-    lr:float|None=None,        # learning rate that tuning chose; None: the configuration's or the method's
+    lr:float|None=None,        # learning rate (of `steer`: strength) that tuning chose; None: the configuration's or the method's
 ) -> Path:                     # the finished folder
     "Train, score, sample, and put it all in one folder."
-    method = Method.parse(method)
-    config = {"method": method.label} | bench.config.asdict() | {"seed": seed} | ({"lr": lr} if lr else {})
-    settings = Training.of(bench.config, seed=seed + REPEAT * method.repeat, **({"lr": lr} if lr else {}))
+    method, chosen = Method.parse(method).turned(lr)
+    config = {"method": method.label} | bench.config.asdict() | {"seed": seed} | ({method.knob: lr} if lr and method.knob else {})
+    settings = Training.of(bench.config, seed=seed + REPEAT * method.repeat, **chosen)
     with unfinished(out) as folder:
         trained = train(bench.model, bench.tokenizer, method, bench.data.train, settings, folder, progress=show)
         with trained.attached() as model:
@@ -58,6 +58,7 @@ def run(
             append_jsonl(folder/"metrics.jsonl", {"step": trained.config.steps} | validate(model, bench))
         write_yaml(folder/"config.yaml", config)
         told = {"layers": trained.view.words, "seconds": trained.seconds, "tokens": trained.tokens}
-        told |= {"settled": vars(trained.config), "step_zero": vars(trained.step_zero), "data": bench.hashes}
+        settled = vars(trained.config) | ({} if method.learns else {"lr": None, "steps": 0}) | method.edit_settings
+        told |= {"settled": settled, "step_zero": vars(trained.step_zero) if trained.step_zero else None, "data": bench.hashes}
         write_json(folder/"manifest.json", manifest(config, **told))
     return Path(out)

@@ -20,15 +20,16 @@ from ..plots import COLORS, style
 # %% ../../nbs/09_judge/10_curves.ipynb #cell-005
 def tuning_frame(
     tune: dict,  # methods -> chosen, rows of lr, seed, val_accuracy, se, kl
-) -> pd.DataFrame:  # method, lr, accuracy and se in %, kl, runs, failed, chosen
-    "One line per method and learning rate: the mean over the seeds it was tried with."
+) -> pd.DataFrame:  # method, knob, lr, accuracy and se in %, kl, runs, failed, chosen
+    "One line per method and value of what is tuned, a learning rate or a strength: the mean over the seeds it was tried with."
     lines = []
     for method, told in tune["methods"].items():
         rows = pd.DataFrame(told["rows"]).reindex(columns=["lr", "seed", "val_accuracy", "se", "kl"])
         for lr, r in rows.groupby("lr"):
             done = r.val_accuracy.astype(float).dropna()
-            lines.append(dict(method=method, lr=float(lr), accuracy=100 * done.mean(), se=100 * r.se.astype(float).mean(), kl=r.kl.astype(float).mean(),
-                              runs=len(r), failed=len(r) - len(done), chosen=bool(np.isclose(lr, told["chosen"])) if told.get("chosen") else False))
+            chosen = bool(np.isclose(lr, told["chosen"])) if told.get("chosen") else False
+            lines.append(dict(method=method, knob=told.get("knob", "lr"), lr=float(lr), accuracy=100 * done.mean(), se=100 * r.se.astype(float).mean(),
+                              kl=r.kl.astype(float).mean(), runs=len(r), failed=len(r) - len(done), chosen=chosen))
     if not lines:
         raise UserError("tuning holds no runs; there is nothing to show")
     return pd.DataFrame(lines)
@@ -37,15 +38,18 @@ def tuning_frame(
 def tuning_table(
     frame: pd.DataFrame,  # from tuning_frame
 ) -> pd.DataFrame:
-    "Text cells: methods as lines, learning rates as columns; accuracy ± standard error · KL, the chosen ones marked."
+    "Text cells: methods as lines, learning rates as columns; accuracy ± standard error · KL, the chosen ones marked. Grids of their own stand in their cells."
+    place = frame.groupby("method", sort=False).lr.rank(method="dense").astype(int)
+    own = (frame.knob != "lr").any() or frame.lr.nunique() > place.max()
+
     def cell(r) -> str:
         if np.isnan(r.accuracy): return "failed"
         found = f"{r.accuracy:.1f} ± {r.se:.1f}" if np.isfinite(r.se) else f"{r.accuracy:.1f}"
         moved = f" · {r.kl:.2g}" if np.isfinite(r.kl) else ""
-        return "● " * r.chosen + found + moved + f" ({r.failed} failed)" * (r.failed > 0)
+        return "● " * r.chosen + f"{r.knob} {r.lr:g}: " * own + found + moved + f" ({r.failed} failed)" * (r.failed > 0)
 
-    text = pd.Series([cell(r) for r in frame.itertuples()], index=pd.MultiIndex.from_frame(frame[["method", "lr"]])).unstack().fillna("–")
-    text = text.reindex(frame.method.unique()).rename(columns=lambda lr: f"lr {lr:g}")
+    text = pd.Series([cell(r) for r in frame.itertuples()], index=[frame.method, place if own else frame.lr]).unstack().fillna("–")
+    text = text.reindex(frame.method.unique()).rename(columns=lambda x: f"value {x}" if own else f"lr {x:g}")
     return text.rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/09_judge/10_curves.ipynb #cell-009

@@ -117,12 +117,27 @@ class Curves:
         "The rows of one method."
         return self.rows[self.rows.method == method]
 
+    def turned(
+        self,
+        method: str,
+    ) -> bool:
+        "Was it scored at other strengths, or did it have none to score it at? A method without an unbroken run counts as turned."
+        scales = self.of(method)["scale"]
+        return scales.empty or bool((scales != 1).any())
+
     def alive(
         self,
         *methods: str,
     ) -> list[str]:
         "Those with at least one unbroken run."
         return [m for m in methods if m in self.kl.method.unique()]
+
+    def others(
+        self,
+        against: str,  # the reference method
+    ) -> list[str]:
+        "The other methods that can be met somewhere along their strengths, broken ones included."
+        return [m for m in pd.unique(pd.concat([self.rows.method, self.sunk.method])) if m != against and self.turned(m)]
 
 # %% ../../nbs/09_judge/09_equal.ipynb #cell-014
 def meet(
@@ -164,7 +179,7 @@ def check_frontier(
     sets: pd.DataFrame,
 ) -> None:
     "Refuse a frontier that would change what the primary outcome is a mean of."
-    lost = sets.label[(sets.role == "transfer") & (sets.polarity != 0) & ~sets.label.isin(curves.rows["set"].unique())]
+    lost = sets.label[(sets.role == "transfer") & (sets.polarity != 0) & ~sets.label.isin(curves.base["set"].unique())]
     if len(lost):
         raise UserError(f"the frontier lacks transfer set '{lost.iloc[0]}' ({len(lost)} such sets); score it at the other scales too")
 
@@ -174,10 +189,12 @@ def equal_kl(
     sets: pd.DataFrame,  # label, role, polarity
     against: str,  # the reference method
     **options,  # score, level, seed
-) -> tuple[Generalisation, dict[str, dict]]:
-    "Every method against the reference at equal KL; and method -> kl, clamped, clamped_against, seeds."
+) -> tuple[Generalisation | None, dict[str, dict]]:
+    "Every method that can be turned up and down against the reference at equal KL; and method -> kl, clamped, clamped_against, seeds."
     check_frontier(curves, sets)
-    others = [m for m in pd.unique(pd.concat([curves.rows.method, curves.sunk.method])) if m != against]
+    others = curves.others(against)
+    if not others or not curves.turned(against):
+        return None, {}
     pairs = {m: curves.alive(m, against) for m in others}
     targets = {m: common_kl(curves.kl, a[0], a[-1]) if a else 0.0 for m, a in pairs.items()}
     place = lambda m, target: at_kl(curves.of(m), curves.kl, curves.base, m, target)
@@ -207,9 +224,9 @@ def equal_accuracy(
     "Every method against the reference at equal in-domain accuracy; None without an in-domain set with a frontier."
     check_frontier(curves, sets)
     labels = [s for s in sets.label[sets.role == "in_domain"] if s in curves.rows["set"].unique()]
-    if not labels:
+    others = curves.others(against)
+    if not labels or not others or not curves.turned(against):
         return None, {}
-    others = [m for m in pd.unique(pd.concat([curves.rows.method, curves.sunk.method])) if m != against]
     pairs = {m: curves.alive(m, against) for m in others}
     targets = {m: common_accuracy(curves, labels, a[0], a[-1]) if a else 0.0 for m, a in pairs.items()}
     place = lambda m, target: at_accuracy(curves.of(m), curves.base, m, target, labels)

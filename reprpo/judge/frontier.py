@@ -224,13 +224,17 @@ def draw_frontier(
     color: str,
     dash: str = "-",
 ) -> tuple[float, float]:  # where the curve ends
-    "One method: seeds faint, the mean with its band, a dot at its own setting."
+    "One method: seeds faint, the mean with its band, a dot at its own setting; a dot alone where there are no other strengths."
+    own = runs[runs.scale == 1.0]
+    if set(runs.scale) <= {0.0, 1.0}:
+        x, y = float(np.sqrt(own.kl).mean()), float(own.points.mean())
+        ax.plot(x, y, "D", ms=6, color=color, mec="white", zorder=4)
+        return x, y
     for _, g in runs.sort_values("scale").groupby("seed"):
         ax.plot(np.sqrt(g.kl), g.points, dash, color=color, lw=0.7, alpha=0.25, zorder=2)
     x, y, error = mean_curve(runs)
     ax.fill_between(x, y - error, y + error, color=color, alpha=0.15, lw=0, zorder=1)
     ax.plot(x, y, dash, color=color, lw=2, zorder=3)
-    own = runs[runs.scale == 1.0]
     ax.plot(np.sqrt(own.kl).mean(), own.points.mean(), "o", ms=5, color=color, mec="white", zorder=4)
     return float(x[-1]), float(y[-1])
 

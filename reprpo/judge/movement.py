@@ -17,7 +17,7 @@ from ..errors import UserError
 from .generate import Generation, generate
 from ..pairs.tokenize import pad_id as padding
 from ..states.capture import bare, capture
-from ..states.forward import eval_mode, model_inputs, reference_mode
+from ..states.forward import as_read, eval_mode, model_inputs, reference_mode
 from ..train.adapter import scaled
 
 # %% ../../nbs/09_judge/04_movement.ipynb #cell-005
@@ -32,6 +32,14 @@ class Written:
     row: Integer[Tensor, " n"]     # generation of each new token
     prev: Integer[Tensor, " n"]    # the position before it
     layout: str = "concat"         # one plain sequence a row, for `model_inputs`
+
+    def insert(self,
+        at:int,              # tokens of each row that stay before
+        new:tuple[int, ...], # ids to put into every row
+    ) -> "Written":
+        "The batch as a policy with a system prompt reads it."
+        extra = torch.tensor(new, device=self.ids.device).expand(len(self.ids), len(new))
+        return Written(torch.cat([self.ids[:, :at], extra, self.ids[:, at:]], 1), self.row, self.prev + len(new))
 
 
 def written(
@@ -68,8 +76,8 @@ def next_logps(
     some:Written,
 ) -> Float[Tensor, "n v"]:  # fp32, nats
     "Log-probability of every token of the vocabulary at every place where a new one was written."
-    hf = bare(model)
-    with capture(model, ["final"]) as got: model(**model_inputs(model, some))
+    hf, (some, run) = bare(model), as_read(model, some)
+    with capture(model, ["final"]) as got: run(**model_inputs(model, some))
     logits = hf.get_output_embeddings()(got["final"][some.row, some.prev]).float()
     cap = getattr(hf.config.get_text_config(), "final_logit_softcapping", None)
     return (cap*torch.tanh(logits/cap) if cap else logits).log_softmax(-1)

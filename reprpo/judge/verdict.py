@@ -270,6 +270,8 @@ def judge_all(
         curves = Curves.make(rows, frontier, kl, broken, score)
         found["equal_kl"], found["targets"] = equal_kl(curves, sets, name, **options)
         found["equal_accuracy"], matched = equal_accuracy(curves, sets, name, **options)
+        stuck = {m: "it has no strengths: equal KL not available" for m in methods if not curves.turned(m)}
+        extra["own settings"] = {m: "; ".join(filter(None, (stuck.get(m), ran.get(m)))) for m in {**stuck, **ran}}
         for basis, targets in (("equal KL", found["targets"]), ("equal in-domain accuracy", matched)):
             extra[basis] = {m: "; ".join(filter(None, (clamp_note(t), ran.get(m)))) for m, t in targets.items()}
     return Judgement(name, **found, **collect(found, name, extra), null=split_seeds(rows, sets, name, **options), notes=notes)

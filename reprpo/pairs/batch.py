@@ -7,7 +7,7 @@ __all__ = ['LAYOUTS', 'block_mask', 'PairBatch', 'collate', 'batches']
 
 # %% ../../nbs/02_pairs/03_batch.ipynb #cell-002
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 
 import numpy as np
@@ -73,6 +73,17 @@ class PairBatch:
     def pin_memory(self) -> "PairBatch":
         "The batch in page-locked memory; data loaders call this."
         return PairBatch(**{k: v.pin_memory() for k, v in self.as_dict().items()})
+
+    def insert(self,
+        at:int,                # tokens of each row that stay before
+        new:tuple[int, ...],   # ids to put into every row: a text that only the policy reads
+    ) -> "PairBatch":          # the same scored tokens, further right
+        "The batch with the same unscored tokens put into every prompt."
+        p, r = len(new), self.ids.shape[0]
+        put = lambda x, extra, shift=0: torch.cat([x[:, :at], extra.to(x).expand(r, p), x[:, at:] + shift], 1)
+        place = torch.arange(at, at + p)
+        return replace(self, ids=put(self.ids, torch.tensor(new)), positions=put(self.positions, place, p), block=put(self.block, torch.ones(p)),
+                       pair=put(self.pair, self.pair[:, :1]), tok_pos=self.tok_pos + p, tok_prev=self.tok_prev + p)
 
     def attention_mask(self,
         dtype:torch.dtype=torch.float32,  # of the additive mask; give the model's
