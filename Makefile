@@ -14,6 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo "  make notebooks MODEL=Qwen/Qwen3-0.6B PAIRS=pairs.jsonl: every notebook that takes a model on yours; executed copies in notebooks-*/, ONLY= for a part"
 	@echo "  PYTHON=$(PYTHON) is the interpreter that .venv is made with (3.11 or newer); WORKERS=$(WORKERS) processes run the tests"
 
 demo: .venv/.package  ## train DPO and two hidden-state methods on the embedded world, and print where each stands
@@ -32,8 +33,12 @@ export: .venv/.dev  ## notebooks to modules, notebooks stripped of what changes 
 	$(BIN)/python docs/readme.py
 
 notebooks: .venv/.dev  ## execute the notebooks and keep their outputs; ONLY=nbs/06_losses for a part
+ifneq ($(strip $(MODEL)$(PAIRS)),)
+	@env -u OMP_NUM_THREADS $(BIN)/python docs/execute.py --model '$(MODEL)' --pairs '$(PAIRS)' $(ONLY)
+else
 	$(BIN)/python docs/execute.py $(ONLY)
 	$(MAKE) export
+endif
 
 results: .venv/.dev  ## the demo's table on the first page, made again
 	$(BIN)/python docs/demo.py

@@ -15,6 +15,7 @@ from ..io import atomic_write, cache_root, content_hash
 from ..models import load_model, load_tokenizer
 from .load import PairSet, load_pairs
 from .spec import PairSpec, parse_eval
+from .tokenize import context_length
 
 # %% ../../nbs/02_pairs/07_pages.ipynb #cell-005
 def page_setting(
@@ -29,8 +30,10 @@ def page_tokenizer():
     return load_tokenizer(page_setting("MODEL", "world"))
 
 def page_model() -> tuple: # (model, tokenizer)
-    "The model that a page runs on, in fp32: REPRPO_MODEL, or the embedded world."
-    return load_model(page_setting("MODEL", "world"), page_setting("DEVICE", "auto"))
+    "The model that a page runs on, in fp32: REPRPO_MODEL, or the embedded world; its tokenizer knows its context."
+    model, tokenizer = load_model(page_setting("MODEL", "world"), page_setting("DEVICE", "auto"))
+    tokenizer.model_max_length = context_length(tokenizer, model.config.get_text_config(), cap=2**30)
+    return model, tokenizer
 
 # %% ../../nbs/02_pairs/07_pages.ipynb #cell-008
 HELD, LEAST = 0.25, 64 # share of your own pairs that is judged on, and how many pairs a page can do with
