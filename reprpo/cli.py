@@ -20,15 +20,19 @@ COMMANDS = {
                 "reprpo compare dpo hs-none-inner --train train.jsonl --seeds 6 \\\n"
                 "               --eval test.jsonl hard=hard.jsonl sums:0=sums.jsonl"),
     "train": ("one method, one seed, one run folder", "reprpo train dpo:beta=0.5 --steps 200 --out my-run"),
-    "evaluate": ("score a run's adapter on any sets", "reprpo evaluate my-run --eval world:honesty/test"),
+    "evaluate": ("judge a run, any PEFT adapter or a model on any sets", "reprpo evaluate my-adapter --base Qwen/Qwen3-0.6B --eval test.jsonl"),
+    "judge": ("a card of one adapter on rows it has not seen", "reprpo judge my-run"),
+    "merge": ("an adapter into its base, as a plain model", "reprpo merge my-run --out my-model"),
     "report": ("rebuild a comparison's tables, verdicts and page; or of several", "reprpo report reprpo-demo"),
     "power": ("how many seeds and rows an effect takes to be found", "reprpo power reprpo-compare --effect 3"),
-    "pairs": ("show pairs as tokens: prompt, scored, not scored", "reprpo pairs show quiz.csv,prompt=question"),
+    "pairs": ("look pairs over, show them as tokens, or cut a file into sets", "reprpo pairs lint train.jsonl test.jsonl --model Qwen/Qwen3-0.6B"),
     "world": ("train, sample or check the embedded world", "reprpo world sample --n 2"),
     "methods": ("what can be trained, a line each", "reprpo methods"),
+    "doctor": ("what this machine can do, and a self-test on a model", "reprpo doctor Qwen/Qwen3-0.6B --dtype bfloat16"),
 }
-ACTIONS = {"pairs": ("show",), "world": ("train", "sample", "check", "controls")}
-EXAMPLES = {name: example for name, (_, example) in COMMANDS.items()} | {"pairs show": COMMANDS["pairs"][1],
+ACTIONS = {"pairs": ("show", "lint", "split"), "world": ("train", "sample", "check", "controls")}
+EXAMPLES = {name: example for name, (_, example) in COMMANDS.items()} | {"pairs show": "reprpo pairs show quiz.csv,prompt=question",
+    "pairs lint": COMMANDS["pairs"][1], "pairs split": "reprpo pairs split train.jsonl --model Qwen/Qwen3-0.6B --out sets",
     "world train": "reprpo world train --out world-model", "world sample": "reprpo world sample --n 2", "world check": "reprpo world check",
     "world controls": "reprpo world controls --out world-controls"}
 
@@ -39,11 +43,12 @@ def help_text() -> str:
     for name, (what, example) in COMMANDS.items(): lines += [f"  {name:9} {what}", f"    $ {example}"]
     return "\n".join([*lines, "",
         "  METHOD    NAME[:option=value,...] as in dpo:beta=0.1; see reprpo methods",
-        "  SPEC      where pairs are: world:facts/train, pairs.jsonl, pairs.csv,",
-        "            genies:math#test, owner/name:config#split; then options as in",
+        "  SPEC      where pairs are: world:facts/train, pairs.jsonl, 'shards/*.jsonl',",
+        "            genies:math#train, owner/name:config#split; then options as in",
         "            ,n=500,flip,prompt=question,chosen=good,rejected=bad",
         "  --eval    [LABEL[:POLARITY]=]SPEC...; the first set is the in-domain one;",
-        "            polarity +1 should rise, -1 should fall, 0 must stay"])
+        "            polarity +1 should rise, -1 should fall, 0 must stay; without it the",
+        "            sets that are known for the training pairs, or sets cut from them"])
 
 # %% ../nbs/10_experiments/06_cli.ipynb #cell-013
 def _dispatch(argv: list[str]) -> int:

@@ -88,7 +88,7 @@ def test_help_is_instant_and_narrow():
 
 
 @pytest.mark.parametrize("name", ["demo", "train", "compare", "evaluate", "report", "power", "methods", "pairs show", "world train", "world sample",
-                                  "world check", "world controls"])
+                                  "world check", "world controls", "pairs lint", "pairs split", "judge", "merge", "doctor"])
 def test_every_command_has_help(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert call([*name.split(), "--help"]) == 0
@@ -115,8 +115,16 @@ def test_every_command_has_help(name, capsys, monkeypatch):
     (["compare", "dpo", "--scales", "0.5", "2"], ["1 among them"]),
     (["compare", "dpo", "--controls", "some"], ["--controls", "all, none"]),
     (["power", "nowhere"], ["nowhere holds no comparison"]),
-    (["evaluate"], ["no run given"]),
-    (["evaluate", "nowhere"], ["nowhere is no finished run"]),
+    (["evaluate"], ["no adapter given", "reprpo evaluate my-run"]),
+    (["judge"], ["no adapter given"]),
+    (["merge", "some"], ["no --out given"]),
+    (["evaluate", "./nowhere"], ["./nowhere", "no such folder"]),
+    (["judge", "./nowhere"], ["./nowhere", "no such folder"]),
+    (["merge", "./nowhere", "--out", "x"], ["./nowhere", "no such folder"]),
+    (["pairs", "lint"], ["no SPEC given"]),
+    (["pairs", "split"], ["no SPEC given"]),
+    (["compare", "dpo", "--quantize", "2bit"], ["--quantize", "4bit"]),
+    (["compare", "dpo", "--template", "cat"], ["--template", "chat"]),
     (["report", "nowhere"], ["nowhere holds no comparison"]),
     (["pairs", "show"], ["no SPEC given"]),
 ])

@@ -20,7 +20,8 @@ from .prepare import Bench, fill_references, load_data, look, prepare
 from .register import confirm, make_plan, record_plan
 from .results import Results, read_results
 from .run import is_done
-from .tune import choose, rates, to_tune, tuned_as
+from .settle import settle_sets
+from .tune import choose, grids, rates, to_tune, tuned_as
 from .workers import quiet
 from ..io import atomic_folder, content_hash, manifest, read_json, write_json, write_yaml
 from ..losses.controls import CONTROLS, LAYER_ZERO
@@ -65,16 +66,16 @@ def tune(
     probe:Probe,
     say:Callable,
 ) -> tuple[dict, dict]:       # label -> rate; run -> reason of those that failed
-    "Choose every method's learning rate, and write down how."
-    out, labels, grid = Path(config.out), to_tune(config, methods), rates(config, bench.model)
-    if not labels: return {}, {}
-    jobs = plan_tuning(config, labels, grid)
+    "Choose every method's learning rate or strength, and write down how."
+    out, tried = Path(config.out), grids(config, bench.model, methods)
+    if not tried: return {}, {}
+    jobs = plan_tuning(config, tried)
     todo = [j for j in jobs if not is_done(j.folder)]
     failed = do_all(bench, todo, how_many(config, len(todo), bench, given), probe, methods, out/"logs", say)
-    done = {m: [(j.lr, j.seed, j.folder) for j in jobs if j.method == m and is_done(j.folder)] for m in labels}
-    found = {m: choose(m, folders, config.score) for m, folders in done.items() if folders}
-    write_json(out/"tune.json", {"grid": list(grid), "seeds": sorted({j.seed for j in jobs}), "methods": found})
-    for m, f in found.items(): say(f"{m}: lr {f['chosen']:g}" + (" (the end of the grid)" if f["edge"] else ""))
+    done = {m: [(j.lr, j.seed, j.folder) for j in jobs if j.method == m and is_done(j.folder)] for m in tried}
+    found = {m: choose(m, folders, config.score, tried[m][0]) for m, folders in done.items() if folders}
+    write_json(out/"tune.json", {"grid": list(rates(config, bench.model)), "seeds": sorted({j.seed for j in jobs}), "methods": found})
+    for m, f in found.items(): say(f"{m}: {f['knob']} {f['chosen']:g}" + (" (the end of the grid)" if f["edge"] else ""))
     return {m.label: found[tuned_as(m)]["chosen"] for m in methods if tuned_as(m) in found}, failed
 
 def conduct(
@@ -84,19 +85,21 @@ def conduct(
     say:Callable=print,        # told the plan and the progress
 ) -> Path:                     # the output folder
     "Everything a comparison does; what is finished already is not done again."
-    config = confirm(config)
-    out, parsed = Path(config.out), with_controls(config, [Method.parse(m) for m in methods])
-    data = load_data(config, given)
-    check_folder(out, config.asdict())
-    bench = prepare(shared(config), data)
+    asked = confirm(config)
+    out, parsed = Path(asked.out), with_controls(asked, [Method.parse(m) for m in methods])
+    check_folder(out, asked.asdict())
+    settled = settle_sets(asked, given or {}, out/"sets")
+    config, data = settled.config, load_data(settled.config, settled.given)
+    bench = prepare(shared(config), data, loaded=settled.loaded)
     views, grid = look(bench, parsed), rates(config, bench.model) if to_tune(config, parsed) else ()
     with locked(out):
-        if not (out/"config.yaml").exists(): write_yaml(out/"config.yaml", config.asdict())
+        if not (out/"config.yaml").exists(): write_yaml(out/"config.yaml", asked.asdict())
+        if settled.cut: settled.cut.write(out/"sets")
         write_json(out/"sets.json", [asdict(p) for p in data.plans])
         told = dict(data=bench.hashes, methods=[m.label for m in parsed])
         write_json(out/"manifest.json", manifest(config.asdict(), **told))
         if config.register: say(f"plan {record_plan(out, make_plan(config, told['methods'], bench, grid))}, written to {out/'plan.json'}")
-        for line in describe(config, bench, parsed): say(line)
+        for line in describe(config, bench, parsed, settled.cut): say(line)
         (out/"logs").mkdir(exist_ok=True)
         with quiet(out/"logs"/"here.txt"):
             probe = judge_base(bench, out, config.frontier or bool(grid))
@@ -113,19 +116,21 @@ def describe(
     config:CompareConfig,
     bench:Bench,
     methods:list[Method],
+    cut=None,            # Constructed: sets that were cut from the training pairs
 ) -> list[str]:
     "The plan in a few lines, the number of runs first."
-    data, labels = bench.data, to_tune(config, methods)
+    data, tried = bench.data, grids(config, bench.model, methods)
     sets = [f"{p.label} ({len(t)} rows, {p.role}{', should fall' * (p.polarity < 0)})" for p, t in zip(data.plans, bench.tokens)]
     jobs = plan_runs(config, methods, {})
-    tuning = plan_tuning(config, labels, rates(config, bench.model)) if labels else []
+    tuning = plan_tuning(config, tried)
     done = sum(is_done(j.folder) for j in [*jobs, *tuning])
-    extra = f", after {count(len(tuning), 'tuning run')} ({len(labels)} x {len(tuning) // len(labels) // config.tune_seeds} rates x " \
+    extra = f", after {count(len(tuning), 'tuning run')} ({len(tried)} x {len(tuning) // len(tried) // config.tune_seeds} rates x " \
             f"{count(config.tune_seeds, 'seed')})" if tuning else ""
     extra += f", {done} of them done already" if done else ""
     lines = [f"{count(len(methods), 'method')} x {count(config.seeds, 'seed')} = {count(len(jobs), 'run')}{extra}",
-             f"train on {config.train}: {len(bench.train)} pairs, {len(bench.val)} for validation; {config.steps} steps of {config.batch_size}",
+             f"train on {config.train}: {len(bench.train)} pairs, {len(bench.val)} for validation; {bench.config.steps} steps of {bench.config.batch_size}",
              f"judge on {', '.join(sets)}"]
+    if cut: lines += [f"no set to judge on was given, so sets were cut from {cut.source} and lie in {Path(config.out)/'sets'}:", str(cut)]
     if config.controls == "all": lines.append(LAYER_ZERO)
     lines += [f"warning: {k} rows of {label} are in the training pairs" for label, k in data.overlaps().items()]
     return lines + [str(t.report) for t in (bench.train, *bench.tokens) if t.report.dropped]

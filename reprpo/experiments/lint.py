@@ -60,6 +60,7 @@ def lint_specs(
     n:int=1000,                 # most rows of a set that the reference scores
     device:str="auto",          # auto, cpu, cuda
     dtype:str="float32",        # of the model
+    loaded:tuple|None=None,     # (model, tokenizer) of that name, if they are there already
     **more,                     # other keywords of `tokenize_pairs`
 ) -> Lint:
     "Look several sets over; overlap is counted with the first."
@@ -69,7 +70,7 @@ def lint_specs(
     evals = parse_evals([first, *specs[1:]])
     read = [read_all(e.spec, e.label) for e in evals]
     asked = [model is not None and (model != "world" or e.spec.kind == "world") for e in evals]
-    loaded = load_model(model, device, dtype) if any(asked) else (None, None)
+    loaded = (loaded or load_model(model, device, dtype)) if any(asked) else (None, None)
     parts = []
     for i, (e, (pairs, problems)) in enumerate(zip(evals, read)):
         others = [p for p, _ in read[1:]] if i == 0 else []

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'WIDTH', 'LR_REAL', 'GRID_SMALL', 'GRID_REAL', 'BY_SIZE', 'count_weights', 'is_small', 'lr_scale', 'lr_grid',
-           'defaults_for', 'fill', 'config_for']
+           'defaults_for', 'fill']
 
 # %% ../../nbs/08_train/01_sizes.ipynb #cell-002
 import math
 from dataclasses import fields, replace
 
-from ..errors import unknown
 from ..models import base_name
 from .config import TrainConfig
 
@@ -47,12 +46,14 @@ def lr_grid(
     return tuple(float(f"{lr * m:.6g}") for m in (GRID_SMALL if is_small(model) else GRID_REAL))
 
 def defaults_for(
-    model,              # a causal language model
-    pairs:int|None=None, # in the training set; None: unknown
-) -> dict:              # field of TrainConfig -> value
+    model,                    # a causal language model
+    pairs:int|None=None,      # in the training set; None: unknown
+    batch_size:int|None=None, # pairs per step, where it was given
+) -> dict:                    # field of TrainConfig -> value
     "What is filled in for this model where nothing was given."
     if is_small(model): return {name: getattr(TrainConfig, name) for name in BY_SIZE}
-    return dict(rank=16, alpha=16.0, batch_size=32, steps=max(500, math.ceil(2 * (pairs or 0) / 32)), max_length=512, on_truncate="drop")
+    steps = 500 if pairs is None else min(max(math.ceil(2 * pairs / (batch_size or 32)), 100), 500)
+    return dict(rank=16, alpha=16.0, batch_size=32, steps=steps, max_length=512, on_truncate="drop")
 
 # %% ../../nbs/08_train/01_sizes.ipynb #cell-012
 def fill(
@@ -62,16 +63,3 @@ def fill(
     "Fill what is open; what was given stays."
     open_ = {f.name for f in fields(config) if getattr(config, f.name) is None}
     return replace(config, **{k: v for k, v in defaults.items() if k in open_})
-
-def config_for(
-    model,               # a causal language model
-    pairs:int|None=None, # in the training set
-    **given,             # fields of TrainConfig
-) -> TrainConfig:
-    "The training configuration of a model, by its size, with some fields given."
-    known = [f.name for f in fields(TrainConfig)]
-    for name in given:
-        if name not in known: raise unknown("field of TrainConfig", name, known)
-    defaults = defaults_for(model, pairs)
-    if "batch_size" in given and pairs and not is_small(model): defaults["steps"] = max(500, math.ceil(2 * pairs / given["batch_size"]))
-    return TrainConfig(**defaults | given)
