@@ -65,9 +65,9 @@ class Rendering:
 
     def __repr__(self) -> str:
         def run(own, tokens):
-            text = "|".join(visible(t) for t, _ in tokens)
+            text = "│".join(visible(t) for t, _ in tokens)
             return f"⟨{text}⟩" if own else text
-        return "\n".join(f"{head:>9}  " + "|".join(run(*r) for r in groupby(tokens, lambda t: t[1].startswith("template"))) for head, tokens in self.lines)
+        return "\n".join(f"{head:>9}  " + "│".join(run(*r) for r in groupby(tokens, lambda t: t[1].startswith("template"))) for head, tokens in self.lines)
 
 def _span(text:str, role:str) -> str:
     side, _, more = role.partition("+")
