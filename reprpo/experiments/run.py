@@ -59,6 +59,6 @@ def run(
         write_yaml(folder/"config.yaml", config)
         told = {"layers": trained.view.words, "seconds": trained.seconds, "tokens": trained.tokens}
         settled = vars(trained.config) | ({} if method.learns else {"lr": None, "steps": 0}) | method.edit_settings
-        told |= {"settled": settled, "step_zero": vars(trained.step_zero) if trained.step_zero else None, "data": bench.hashes}
+        told |= trained.memory | {"settled": settled, "step_zero": vars(trained.step_zero) if trained.step_zero else None, "data": bench.hashes}
         write_json(folder/"manifest.json", manifest(config, **told))
     return Path(out)

@@ -38,7 +38,7 @@ class TrainConfig(AdapterConfig):
     lr:float|None = None            # peak learning rate; None: the method's
     steps:int = 120                 # optimiser steps; a method's own steps= overrides it
     batch_size:int = 8              # pairs per optimiser step, over all processes
-    micro_batch:int|None = None     # pairs per forward pass; None: the whole batch at once
+    micro_batch:int|None = None     # pairs per forward pass; None: as many as fit into memory
     warmup:float = 0.1              # share of the steps over which lr rises from 0
     schedule:Literal["cosine", "linear", "constant"] = "cosine" # after the warm-up
     clip:float = 1.0                # largest norm of the gradient; 0: no clipping

@@ -47,7 +47,9 @@ def row_lengths(
     "How long a row each pair makes."
     return np.array([len(p.prompt) + len(p.chosen) + len(p.rejected) if layout == "shared" else p.longest for p in pairs])
 
-def divisors(n:int) -> list[int]: return [m for m in range(1, n + 1) if n % m == 0]
+def divisors(n:int) -> list[int]:
+    "The whole numbers that divide n, rising."
+    return [m for m in range(1, n + 1) if n % m == 0]
 
 def worst_rows(
     pairs:list[TokenPair],
