@@ -217,6 +217,17 @@ def test_run_folder(home):
     with pytest.raises(UserError, match="does not fit the base model"): evaluate("run", base="deep")
 
 
+def test_competitor(home):
+    "A run whose adapter is not PEFT's is judged alike, says how to load it again, and can't be merged."
+    config = make_config(TrainOne, method="bipo", model="base", train="train.jsonl", eval=("test.jsonl",), steps=2, batch_size=4, lr=0.1, out="steered")
+    train_one(config, show=False)
+    judge("steered", ("test.jsonl",), kl=False, coherence=False)
+    np.testing.assert_allclose(scores(home / "steered" / "card"), scores(home / "steered"), atol=1e-5)
+    again = run_code((home / "steered" / "card" / "README.md").read_text())
+    np.testing.assert_allclose(naive(again["model"], again["tokenizer"]), scores(home / "steered"), atol=1e-4)
+    with pytest.raises(UserError, match="no change of weights"): merge("steered", "no")
+
+
 def test_full_model(home, adapter):
     "A full model, with a base and without; merged from an adapter, it is scored as the adapter is."
     evaluate(adapter("dora"), ("test.jsonl",), kl=False, coherence=False)
@@ -232,6 +243,19 @@ def test_full_model(home, adapter):
     assert alone.table is None and alone.moved is None and any("no reference" in n for n in alone.notes)
     assert alone.levels["test"].value == pytest.approx(100 * float(pd.read_csv(home / "beside" / "results.csv").query("method == 'merged'").accuracy.iloc[0]))
     assert "no base" in repr(judge("merged", ("test.jsonl",), out="alone-card")) and not (home / "alone" / "base.parquet").exists()
+
+
+def test_merge_keeps_the_template(home, adapter):
+    "The chat template and the generation settings of the base go with the merged model."
+    shutil.copytree(home / "base", home / "chatty")
+    tokenizer, settings = AutoTokenizer.from_pretrained("base"), json.loads((home / "base" / "generation_config.json").read_text())
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.save_pretrained("chatty")
+    (home / "chatty" / "generation_config.json").write_text(json.dumps(settings | {"top_k": 7, "do_sample": True}))
+    merge(adapter("lora"), "chatty-merged", base="chatty")
+    assert AutoTokenizer.from_pretrained("chatty-merged").chat_template == tokenizer.chat_template
+    assert json.loads((home / "chatty-merged" / "generation_config.json").read_text())["top_k"] == 7
+    assert json.loads((home / "chatty-merged" / "config.json").read_text())["use_cache"]
 
 
 @pytest.mark.parametrize("kind", ["whole_modules", "ia3", "pissa", "added_tokens"])
@@ -274,7 +298,7 @@ def edit(folder, name: str, **changes) -> None:
 
 
 BAD = {  # what is asked: words of the one line
-    "missing/folder/here": "no folder missing/folder/here",
+    "missing/folder/here": "missing/folder/here: no such folder, nor its folder missing/folder",
     "test.jsonl": "is a file; name the folder",
     "empty": "no PEFT adapter",
     "parent": "name what is in it, such as parent/checkpoint-10",
@@ -284,6 +308,8 @@ BAD = {  # what is asked: words of the one line
     "odd": "adapter_config.json can't be read",
     "bare": "no weights that can be read",
     "nowhere": "nowhere is no finished run, PEFT adapter or model here",
+    "parent/checkpoint-1O": "did you mean 'checkpoint-10'?",
+    "nobody/nothing": "nobody/nothing is no folder here, and can't be had from the hub",
 }
 
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from peft import PeftModel
 
 from ..errors import UserError
 from .config import RunConfig, fresh_sets
 from .evaluate import Evaluation, examine, keep, overlap, place, settings
 from .policy import Policy, open_policy
 from .prepare import Data, load_evals
+from .virtual import Virtual
 from ..io import atomic_folder, atomic_write, versions, write_json
 from ..judge.generalise import TRANSFER
 from ..judge.stats import Estimate
@@ -149,9 +151,11 @@ def _facts(policy:Policy) -> dict[str, str]:
     return facts | {"versions": ", ".join(f"{k} {v}" for k, v in (made or versions()).items() if k in ("reprpo", "torch", "transformers", "peft"))
                     + ("" if made else " (that judged it)")}
 
-def _tokenizer_home(policy:Policy) -> str|None:
-    "The folder whose tokenizer the policy reads with, where that is not the base's."
-    return policy.what if policy.base_tokenizer is not None else None
+def _files(policy:Policy) -> dict:
+    "What the model card needs to say how to load the policy again; library: peft, transformers, or reprpo where it is neither's."
+    library = "transformers" if policy.kind == "model" else "peft" if isinstance(policy.model, (PeftModel, Virtual)) else "reprpo"
+    return dict(what=policy.what, folder=policy.what + "/adapter"*(policy.kind == "run"), base=policy.base, kind=policy.kind, library=library,
+                tokenizer=policy.what if policy.base_tokenizer is not None else None)
 
 def _row(found:Evaluation, s:dict) -> dict:
     "One set of the card."
@@ -175,7 +179,7 @@ def make_card(
     small = [f"too few kinds to resample in {', '.join(few)}: there, rows are, and the interval speaks of these kinds alone"]*bool(few)
     title = f"Card of {p.label if p.label != p.about.get('method') else Path(p.what).name + ' (' + p.label + ')'}"
     return Card(title, _facts(p), source, [_row(found, sets[c]) for c in order], found.moved, found.texts, (*LIMITS, *small, *found.notes),
-                dict(folder=p.what + "/adapter"*(p.kind == "run"), base=p.base, kind=p.kind, tokenizer=_tokenizer_home(p)))
+                _files(p))
 
 def judge(
     what:str|Path,           # run folder, PEFT adapter or full model: a folder, or a name on the hub
@@ -204,28 +208,32 @@ def judge(
 
 # %% ../../nbs/10_experiments/05_card.ipynb #c16
 def reload_code(
-    base:str|None,           # name of the base; None: a full model
-    folder:str,              # of the adapter, or of the model
-    tokenizer:str|None=None, # folder of the adapter's own tokenizer; None: the base's
-) -> str:                    # Python
-    "Code that gives the judged model back without this library."
+    files:dict,          # of a card
+    where:str|None=None, # what the reader has as the adapter's folder; None: where it was judged
+) -> str:                # Python
+    "Code that gives the judged model back, without this library where that can be."
+    library, base, own, folder = files["library"], files["base"], files["tokenizer"], where or files["folder"]
+    if library == "reprpo":
+        head = "from reprpo.experiments.policy import open_policy"
+        return f"{head}\n\npolicy = open_policy({files['what']!r})\nmodel, tokenizer = policy.model, policy.tokenizer"
     load = lambda name: "world_folder()" if name == "world" else repr(str(name))
-    lines = ["from peft import PeftModel"]*(base is not None) + ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    if "world" in (base, folder): lines += ["from reprpo.models import world_folder  # the embedded world's weights are package data"]
-    lines += ["", f"tokenizer = AutoTokenizer.from_pretrained({load(tokenizer or base or folder)})",
-              f"model = AutoModelForCausalLM.from_pretrained({load(base or folder)}, dtype=\"float32\")"]
-    if tokenizer: lines += ["model.resize_token_embeddings(len(tokenizer))"]
-    return "\n".join(lines + [f"model = PeftModel.from_pretrained(model, {folder!r})"]*(base is not None))
+    start = folder if library == "transformers" else base
+    lines = ["from peft import PeftModel"]*(library == "peft") + ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    if start == "world": lines += ["from reprpo.models import world_folder  # the embedded world's weights are package data"]
+    lines += ["", f"tokenizer = AutoTokenizer.from_pretrained({load(own or start)})",
+              f"model = AutoModelForCausalLM.from_pretrained({load(start)}, dtype=\"float32\")"]
+    if own and library == "peft": lines += ["model.resize_token_embeddings(len(tokenizer))"]
+    return "\n".join(lines + [f"model = PeftModel.from_pretrained(model, {folder!r})"]*(library == "peft"))
 
 def front_matter(
     card:Card,
 ) -> dict:     # of the hub's model card
     "What machines read: library, base, tags and the numbers."
-    base, adapter = card.files["base"], card.files["kind"] != "model"
+    base, library = card.files["base"], card.files["library"]
     on_hub = base and base != "world" and not Path(base).expanduser().exists()
     numbers = [dict(task=dict(type="text-generation"), dataset=dict(type="pairs", name=r["set"]),
                     metrics=[dict(type="accuracy", name="preference accuracy, %", value=round(r["adapter"], 1))]) for r in card.rows]
-    head = dict(library_name="peft" if adapter else "transformers", pipeline_tag="text-generation",
+    head = dict(library_name=library, pipeline_tag="text-generation",
                 tags=["preference-pairs", "reprpo"] + ["lora"]*("LoRA" in card.title), metrics=["accuracy"])
     return ({"base_model": base} if on_hub else {}) | head | {"model-index": [dict(name=card.title.removeprefix("Card of "), results=numbers)]}
 
@@ -235,11 +243,9 @@ def model_card(
 ) -> str:                # README.md
     "The card in the hub's format, with the code that reloads what was judged."
     head = yaml.safe_dump(front_matter(card), sort_keys=False, allow_unicode=True)
-    files = card.files
-    adapter = files["kind"] != "model"
-    code = reload_code(files["base"] if adapter else None, where or files["folder"], files["tokenizer"])
     body = card._repr_markdown_().replace("# Card of ", "# ", 1)
-    return f"---\n{head}---\n\n{body}\n\n## Reload{' in three lines of plain PEFT'*adapter}\n\n```python\n{code}\n```\n"
+    plain = " in three lines of plain PEFT"*(card.files["library"] == "peft")
+    return f"---\n{head}---\n\n{body}\n\n## Reload{plain}\n\n```python\n{reload_code(card.files, where)}\n```\n"
 
 def _offer(card:Card, folder:Path) -> None:
     "Our own adapter's README, unless somebody else wrote one."

@@ -20,6 +20,7 @@ from .measure import TOKENS, line, make_probe, score_sets, write_lines
 from .policy import Policy, open_policy
 from .prepare import Bench, Data, load_data, load_evals, load_neutral, look, prepare
 from .run import is_done, run
+from .settle import settle_sets
 from .virtual import Virtual
 from ..io import atomic_folder, atomic_write, manifest, write_json
 from ..judge.coherence import coherence, damage, damage_terms, status
@@ -31,7 +32,7 @@ from ..judge.rows import score_rows
 from ..judge.stats import Estimate, crossed_interval
 from ..pairs.load import load_pairs
 from ..pairs.spec import parse_evals
-from ..pairs.template import set_template
+from ..pairs.template import question, set_template
 from ..pairs.tokenize import TokenSet, context_length, pad_id, prompt_ids, tokenize_pairs
 from ..states.capture import bare
 from ..states.score import score
@@ -60,11 +61,10 @@ def train_one(
 ) -> Generalisation:     # its table
     "Make one run folder, and its table against the base model."
     out, method = Path(config.out), Method.parse(config.method)
-    wanted = {"method": method.label} | shared(config).asdict()
-    data = load_data(config)
-    done = check_folder(out, wanted) and is_done(out)
-    bench = prepare(shared(config), data)
-    if not done:
+    settled = settle_sets(config, {}, out.with_name(f"{out.name}-sets"))
+    bench = prepare(shared(settled.config), load_data(settled.config, settled.given), loaded=settled.loaded)
+    if not (check_folder(out, {"method": method.label} | bench.config.asdict()) and is_done(out)):
+        if settled.cut: settled.cut.write(out.with_name(f"{out.name}-sets"))
         look(bench, [method])
         with tempfile.TemporaryDirectory() as tmp: probe = make_probe(bench, Path(tmp), config.frontier)
         run(bench, method, config.seed, out, probe, show)
@@ -142,8 +142,8 @@ def overlap(
     try: pairs = load_pairs(train)
     except UserError as e:
         return {}, f"its training pairs can't be read again, so whether it was trained on these rows is not known ({e})"
-    seen = {(p.prompt, a) for p in pairs for a in (p.chosen, p.rejected)}
-    found = {e.label: sum((p.prompt, p.chosen) in seen or (p.prompt, p.rejected) in seen for p in e) for e in data.evals}
+    seen = {(question(p), a) for p in pairs for a in (p.chosen, p.rejected)}
+    found = {e.label: sum(any((question(p), a) in seen for a in (p.chosen, p.rejected)) for p in e) for e in data.evals}
     return {label: n for label, n in found.items() if n}, ""
 
 # %% ../../nbs/10_experiments/05_evaluate.ipynb #n4
@@ -249,7 +249,7 @@ def examine(
         neutral = fitting(policy, load_neutral(config, data, data.evals[0]))
         if not neutral: notes.append("KL and coherence are not measured: no neutral prompt leaves room for an answer in the model's context")
         if neutral and kl: moved = move(policy, neutral, config.seed)
-        asked = fitting(policy, [p.prompt for p in data.evals[0]][:len(neutral)//3])
+        asked = fitting(policy, [question(p) for p in data.evals[0]][:len(neutral)//3])
         if neutral and texts: told, files["texts"], files["features"] = write_texts(policy, [*neutral[::3], *asked], config.seed)
     return Evaluation(policy, frame, table, _levels(frame, policy.label, config.score), sets, moved, told, tuple(notes), files)
 

@@ -44,30 +44,35 @@ def _folder_kind(
     raise UserError(f"{p} is no finished run (config.yaml, manifest.json, scores.parquet, adapter), no PEFT adapter (adapter_config.json) "
                     f"and no model (config.json){hint}")
 
-def _hub_adapter(
-    name:str,     # owner/name
-) -> str|None:    # a local copy of it
-    "The adapter of this name on the hub or in its cache, if there is one."
-    from huggingface_hub import snapshot_download
-    from transformers.utils.peft_utils import find_adapter_config_file
-    try:
-        if find_adapter_config_file(name) is None: return None
-        return snapshot_download(name, allow_patterns=["adapter_*", "*token*", "*.json", "*.jinja"])
-    except Exception: return None
+def _on_hub(
+    name:str, # owner/name
+) -> tuple[str, str]: # adapter or model; where it lies
+    "What a name on the hub, or in its cache, stands for."
+    from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    try: hf_hub_download(name, "adapter_config.json")
+    except Exception as e:
+        there = isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError)
+        if there or isinstance(try_to_load_from_cache(name, "config.json"), str): return "model", name
+        why = next(iter(str(e).strip().splitlines()), type(e).__name__)[:160]
+        raise UserError(f"{name} is no folder here, and can't be had from the hub or its cache: {why}") from None
+    return "adapter", snapshot_download(name, allow_patterns=["adapter_*", "*token*", "*.json", "*.jinja"])
 
 def recognise(
-    what:str|Path, # a folder, or a name on the hub
+    what:str|Path, # a folder, or owner/name on the hub
 ) -> tuple[str, str]: # run, adapter or model; where it lies
     "What is to be judged, and where."
     what, p = str(what), Path(what).expanduser()
     if what == "world": return "model", what
     if p.is_dir(): return _folder_kind(p), str(p)
     if p.exists(): raise UserError(f"{what} is a file; name the folder of a run, of an adapter or of a model")
-    if what.startswith((".", "/", "~")) or what.count("/") > 1:
-        near = nearest(p.name, [c.name for c in p.parent.iterdir() if c.is_dir()]) if p.parent.is_dir() else f": there is no folder {p.parent}"
-        raise UserError(f"no folder {what}{near}")
-    found = _hub_adapter(what)
-    return ("adapter", found) if found else ("model", what)
+    beside = p.parent.is_dir() and p.parent != Path(".")
+    if beside or what.startswith((".", "/", "~")) or what.count("/") > 1:
+        near = nearest(p.name, [c.name for c in p.parent.iterdir() if c.is_dir()]) if p.parent.is_dir() else f", nor its folder {p.parent}"
+        raise UserError(f"{what}: no such folder{near}")
+    if what.count("/") == 1: return _on_hub(what)
+    raise UserError(f"{what} is no finished run, PEFT adapter or model here{nearest(what, [c.name for c in Path().iterdir() if c.is_dir()])}; "
+                    "a name on the hub is owner/name")
 
 # %% ../../nbs/10_experiments/05_policy.ipynb #c16
 def about_run(
@@ -154,8 +159,7 @@ class Policy:
 # %% ../../nbs/10_experiments/05_policy.ipynb #c19
 def _open_model(what:str, where:str, base:str|None, how:dict) -> Policy:
     "A full model, with a reference if one is named."
-    here = where == "world" or Path(where).exists()
-    model, tokenizer = load_named(where, how, what if here else f"{what} is no finished run, PEFT adapter or model here, and can't be had from the hub")
+    model, tokenizer = load_named(where, how, what)
     second = own = None
     if base:
         second, own = load_named(base, how, f"--base {base}")
