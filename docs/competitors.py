@@ -4,7 +4,6 @@
 """
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 COMMAND = "python docs/competitors.py"
 PROMPT = r'prompt:text="You are a good helper.\n"'
 METHODS = ("dpo", "steer", "bipo", "loreft", PROMPT)
-OPTIONS = dict(train="world:facts/train", seeds=3, steps=40, eval_n=60, frontier_n=60, tune_seeds=1, jobs=1, layout="shared", scales=(0.5, 1.0, 2.0))
+STEERED = ("steer:strength=30", "steer:direction=random,strength=30")
+OPTIONS = dict(train="world:facts/train", seeds=3, steps=40, eval_n=60, frontier_n=60, tune_seeds=1, jobs=1, layout="shared", scales=(0.1, 0.25, 0.5, 1.0, 1.5))
 
 
 def rows_of(table, found: dict) -> list[dict]:
@@ -29,13 +29,12 @@ def rows_of(table, found: dict) -> list[dict]:
 
 
 def main(home: Path) -> None:
-    "Tune and compare; then the null of steering, a random vector of the length that tuning chose; then keep."
+    "Tune and compare; then steering at a strength that shows, and its null, a random vector of the same length; then keep."
     home.mkdir(parents=True, exist_ok=True)
     os.chdir(home)
     compare(*METHODS, out="competitors", **OPTIONS)
-    strength = read_json(Path("competitors/tune.json"))["methods"]["steer"]["chosen"]
-    compare(f"steer:direction=random,strength={strength:g}", out="null", **OPTIONS)
-    results = read_results("competitors", "null")
+    compare(*STEERED, out="steered", **OPTIONS)
+    results = read_results("competitors", "steered")
     judged, out = results.judgement, ROOT / "files/results"
     kl = results.kl[results.kl["scale"] == 1].groupby("method").kl_policy.mean()
     tables = [("base", "own settings", judged.base), ("dpo", "own settings", judged.own), ("dpo", "equal KL", judged.equal_kl)]
@@ -43,7 +42,7 @@ def main(home: Path) -> None:
     frame = pd.DataFrame(lines)
     frame["kl"] = frame.method.map(kl)
     atomic_write(out / "competitors.csv", frame.round(4).to_csv(index=False))
-    pack(replace(results), out / "competitors.parquet")
+    pack(results, out / "competitors.parquet")
     tuned = {m: {k: t[k] for k in ("knob", "chosen", "edge")} for m, t in read_json(Path("competitors/tune.json"))["methods"].items()}
     write_json(out / "competitors.manifest.json", manifest(OPTIONS | {"methods": results.methods}, command=COMMAND, tuned=tuned))
     print(frame[frame["set"] == TRANSFER].to_string(index=False))

@@ -1,5 +1,6 @@
 """System prompt, steering, BiPO and LoReFT: exact at the start, off, scaled, saved and read again; each formula against one written out by hand."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -9,6 +10,8 @@ from architectures import KINDS, batch_of, build, tokens
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 from reprpo.errors import UserError
+from reprpo.experiments.store import pack, unpack
+from reprpo.judge.curves import tuning_frame, tuning_table
 from reprpo.judge.generate import generate
 from reprpo.judge.movement import movement
 from reprpo.judge.verdict import judge_all
@@ -282,3 +285,22 @@ def test_tuned_alike(model):
     turned, config = Method.parse("steer").turned(0.3)
     assert (turned.edit_settings["strength"], config, turned.label) == (0.3, {}, "steer")
     assert replace(turned, edit_options={}) == Method.parse("steer")
+
+
+def test_tuning_is_shown():
+    "Values of another grid, or of another kind, stand in their cells; a common grid of learning rates is the columns."
+    rows = lambda values: [dict(lr=v, seed=0, val_accuracy=0.5 + v / 100, se=0.01, kl=v) for v in values]
+    told = {"dpo": dict(chosen=1e-3, knob="lr", rows=rows([1e-4, 1e-3])), "ipo": dict(chosen=1e-4, rows=rows([1e-4, 1e-3]))}
+    assert list(tuning_table(tuning_frame({"methods": told})).columns) == ["method", "lr 0.0001", "lr 0.001"]
+    table = tuning_table(tuning_frame({"methods": told | {"steer": dict(chosen=10.0, knob="strength", rows=rows([1.0, 10.0]))}}))
+    assert list(table.columns) == ["method", "value 1", "value 2"] and table["value 2"].iloc[-1].startswith("● strength 10: 60.0")
+
+
+def test_strengths_come_back(tmp_path):
+    "A strength that four bytes cannot hold, such as 0.1, is the same number after packing, so its KL is found."
+    scores, along, kl = frames()
+    along, kl = (f.assign(scale=f["scale"].replace(0.5, 0.1)) for f in (along, kl))
+    sets = pd.DataFrame([dict(label="own", role="in_domain", polarity=1, spec=""), dict(label="far", role="transfer", polarity=1, spec="")])
+    results = SimpleNamespace(scores=scores, frontier_scores=along, score="mean", kl=kl, sets=sets, manifest={}, coherence=None, out=tmp_path, ceilings=None)
+    pack(results, tmp_path / "x.parquet")
+    assert unpack(tmp_path / "x.parquet").judge().equal_kl.cells == judge_all(scores, sets, along, kl).equal_kl.cells

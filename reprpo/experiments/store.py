@@ -78,6 +78,7 @@ def unpack(
         if not p.exists(): raise UserError(f"no file {p}; a packed comparison is a .parquet and a .json of the same name")
     told, rows = read_json(path.with_suffix(".json")), pd.read_parquet(path)
     rows = rows.astype({c: str for c in ("method", "set", "kind")} | {"row": int, "correct": float, "scale": float, "seed": int})
+    rows["scale"] = rows.scale.round(6) # a strength such as 0.1 is another number in the four bytes it was kept in
     one = rows.scale == 1
     kl = pd.DataFrame(told["kl"]) if told["kl"] else None
     return Packed(rows[one].drop(columns="scale"), rows[~one] if (~one).any() else None, kl, pd.DataFrame(told["sets"]), told)

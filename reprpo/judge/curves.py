@@ -40,7 +40,7 @@ def tuning_table(
 ) -> pd.DataFrame:
     "Text cells: methods as lines, learning rates as columns; accuracy ± standard error · KL, the chosen ones marked. Grids of their own stand in their cells."
     place = frame.groupby("method", sort=False).lr.rank(method="dense").astype(int)
-    own = (frame.knob != "lr").any() or frame.lr.nunique() > place.max()
+    own = bool((frame.knob != "lr").any() or frame.lr.nunique() > place.max())
 
     def cell(r) -> str:
         if np.isnan(r.accuracy): return "failed"
