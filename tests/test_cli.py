@@ -144,7 +144,7 @@ def test_wrong_words(argv, parts, capsys):
     (["dpo"], {"eval": "empty.jsonl"}, ["empty.jsonl:1", "empty"]),
     (["dpo"], {"eval": "same.jsonl"}, ["same.jsonl:1", "same"]),
     (["dpo"], {"max_length": "6"}, ["none of", "6"]),
-    (["dpo"], {"eval": None}, ["no set to judge on"]),
+    (["dpo"], {"eval": None}, ["to cut shifts"]),
     (["dpo"], {"eval": "test.jsonl test.jsonl"}, ["called 'test'"]),
     (["dpo"], {"eval": "a:2=test.jsonl"}, ["polarity '2'"]),
     (["dpo"], {"train": "world:fats/train", "eval": None}, ["did you mean 'facts'"]),

@@ -26,6 +26,7 @@ from .workers import quiet
 from ..io import atomic_folder, content_hash, manifest, read_json, write_json, write_yaml
 from ..losses.controls import CONTROLS, LAYER_ZERO
 from ..pairs.load import load_pairs
+from ..pairs.template import template_record
 from ..train.method import Method
 
 # %% ../../nbs/10_experiments/04_compare.ipynb #cell-005
@@ -96,7 +97,7 @@ def conduct(
         if not (out/"config.yaml").exists(): write_yaml(out/"config.yaml", asked.asdict())
         if settled.cut: settled.cut.write(out/"sets")
         write_json(out/"sets.json", [asdict(p) for p in data.plans])
-        told = dict(data=bench.hashes, methods=[m.label for m in parsed])
+        told = dict(data=bench.hashes, methods=[m.label for m in parsed], template=template_record(bench.tokenizer))
         write_json(out/"manifest.json", manifest(config.asdict(), **told))
         if config.register: say(f"plan {record_plan(out, make_plan(config, told['methods'], bench, grid))}, written to {out/'plan.json'}")
         for line in describe(config, bench, parsed, settled.cut): say(line)

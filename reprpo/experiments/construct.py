@@ -70,7 +70,7 @@ def main_directions(
 @dataclass(frozen=True)
 class Measured:
     "What is known of each row before any training."
-    rows: list = field(repr=False)   # the `Pair`s that fit the model
+    rows: list = field(repr=False)   # each `Pair` that fits the model
     cho: np.ndarray                  # scored tokens of the chosen answer
     rej: np.ndarray                  # the same of the rejected
     margin: np.ndarray               # log-probability per token, chosen minus rejected, nats
@@ -292,7 +292,7 @@ def construct(
     tokens = tokenize_pairs(numbered, tokenizer, limit, on_truncate, **more)
     keys = len({t.key for t in tokens})
     if len(tokens) < SMALLEST or keys < 2*LEAST:
-        raise UserError(f"'{pairs.label}' has {len(tokens)} rows with {keys} keys; to cut shifts {SMALLEST} rows with {2*LEAST} keys are needed")
+        raise UserError(f"'{pairs.label}' has {len(tokens)} rows with {keys} keys; to cut shifts {SMALLEST} rows with {2*LEAST} keys are needed; give more, or sets to judge on (--eval)")
     m = measure(pairs, tokens, model, layers, batch_size)
     cut, notes = cut_sets(m, seed, share)
     if len(cut.get("train", ())) < SMALLEST//3:
