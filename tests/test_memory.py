@@ -16,7 +16,7 @@ from reprpo.train.feed import View
 from reprpo.train.ledger import Ledger, tensors_of
 from reprpo.train.memory import Plan, estimate_memory, rehearsal, worst_rows
 from reprpo.train.method import Method
-from reprpo.train.preflight import fit_micro_batch, preflight, refusal, store_pairs
+from reprpo.train.preflight import fit_micro_batch, largest, preflight, refusal, store_pairs
 from reprpo.train.trainer import keep_micro, train
 
 ROWS = 24
@@ -86,9 +86,9 @@ def test_what_does_not_fit_is_refused_in_one_line_with_remedies():
 
 
 def test_losses_that_compare_pairs_keep_two():
-    model = tiny_model()
-    with pytest.raises(UserError, match=r"^2 pairs of \d+ tokens would take"):
-        fit_micro_batch(model, tokens(ROWS), "hs-none-swapped", settings(batch_size=4), free=10**5)
+    with rehearsal(Plan.of(tiny_model(), tokens(ROWS), "hs-none-swapped", settings(batch_size=4, reference="live"))) as estimate:
+        least = largest(estimate, 4, 10**5)
+    assert least.pairs == 2 and not least.fits(10**5)
 
 
 def looked(monkeypatch, free):
@@ -113,10 +113,20 @@ def test_training_takes_the_micro_batch_that_fits_and_keeps_it_on_resuming(monke
 
 def test_a_micro_batch_that_was_asked_for_is_warned_about_and_kept(monkeypatch):
     looked(monkeypatch, 10**5)
+    monkeypatch.setattr(P, "effects", lambda plan, now: {})
     model, config = tiny_model(), replace(settings(micro_batch=4), lr=1e-3)
     seen = preflight(model, tokens(ROWS), Method.parse("dpo"), config, View())
     assert seen.config == config and seen.text.startswith("warning: memory: about") and "\n" not in seen.text
     with pytest.raises(UserError, match="tries it all the same"): preflight(model, tokens(ROWS), Method.parse("dpo"), replace(config, micro_batch=None), View())
+
+
+def test_runs_that_differ_in_seed_and_rate_are_rehearsed_once(monkeypatch):
+    looked(monkeypatch, 10**9)
+    model, config = tiny_model(), replace(settings(steps=6), lr=1e-3)
+    seen = preflight(model, tokens(ROWS), Method.parse("dpo"), config, View())
+    monkeypatch.setattr(P, "rehearsal", lambda plan: 1 / 0)
+    again = lambda name, **changes: preflight(model, tokens(ROWS), Method.parse(name), replace(config, **changes), View()).estimate
+    assert again("dpo:lr=0.1", seed=1, lr=2e-3) == seen.estimate and again("dpo", rank=4) is None and again("ipo") is None
 
 
 def test_passes_over_all_pairs_are_cut_to_what_fits(monkeypatch):

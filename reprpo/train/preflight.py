@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'CHEAP', 'smallest', 'largest', 'packed_bytes', 'options', 'effects', 'refusal', 'fit_micro_batch',
-           'rough_bytes', 'worth_it', 'Preflight', 'preflight', 'store_pairs']
+           'rough_bytes', 'worth_it', 'Preflight', 'remember', 'recalled', 'preflight', 'store_pairs']
 
 # %% ../../nbs/08_train/07_preflight.ipynb #p-003
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -160,6 +161,28 @@ class Preflight:
         "Pairs in a pass that stores the reference; None: as many as usual."
         return self.estimate and self.estimate.store
 
+_known = WeakKeyDictionary()
+
+def _name(plan:Plan) -> str:
+    "What decides a plan's memory, but for the lengths of its rows."
+    method, config = replace(plan.method, label="", lr=None, steps=None, repeat=0), replace(plan.config, lr=None, seed=0, steps=1)
+    return str((method, config, plan.view.sites, plan.reference, len(plan.pairs)))
+
+def remember(
+    plan:Plan,
+    found:MemoryEstimate,
+) -> None:
+    "Keep an estimate for the next run of the same kind."
+    _known.setdefault(plan.model, {})[_name(plan)] = [b.ids.shape[1] for b in plan.worst().values()], found
+
+def recalled(
+    plan:Plan,
+) -> MemoryEstimate|None:
+    "The estimate of an earlier run of this kind on this model, if its rows were as long or longer and it still fits."
+    lengths, found = _known.get(plan.model, {}).get(_name(plan), ((), None))
+    longer = found is not None and all(old >= b.ids.shape[1] for old, b in zip(lengths, plan.worst().values()))
+    return found if longer and found.fits(plan.free) else None
+
 def preflight(
     model:nn.Module,      # base model, on its device
     tokens,               # TokenSet
@@ -174,9 +197,12 @@ def preflight(
     if not worth_it(model, tokens, config, free): return Preflight(config)
     plan = replace(Plan.of(model, tokens, method, config, view, reference=reference), free=free)
     chosen, share = config.micro_batch is None and processes == 1, config.batch_size // processes
+    found = recalled(plan)
     try:
-        with rehearsal(plan) as estimate:
-            found = largest(estimate, config.batch_size, free) if chosen else estimate(share // config.accumulation(processes))
+        if found is None:
+            with rehearsal(plan) as estimate:
+                found = largest(estimate, config.batch_size, free) if chosen else estimate(share // config.accumulation(processes))
+            if found.fits(free): remember(plan, found)
     except UserError: raise
     except Exception as e: return Preflight(config, text=f"memory: not estimated, as {type(bare(model)).__name__} can't be rehearsed ({type(e).__name__})")
     fits = found.fits(free)
