@@ -134,13 +134,13 @@ def child(c: dict, how: str, malloc: bool = True) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def line(c: dict) -> dict:
-    "One line of the table."
+def line(c: dict, before: dict | None = None) -> dict:
+    "One line of the table; `before` is the stored one, whose resident memory is taken over."
     found = child(c, "tensors")
     ratios = {"ratio": found["estimate"] / found["ledger"], "ratio_profiler": found["estimate"] / found["profiler"]}
     if c["large"]:
         for name, malloc in (("resident", True), ("resident_default", False)):
-            found[name] = child(c, "resident", malloc)["resident"]
+            found[name] = before[name] if before else child(c, "resident", malloc)["resident"]
             ratios[f"ratio_{name}"] = found["estimate_process"] / found[name]
     about = {k: v for k, v in c.items() if k != "settings"} | {"settings": " ".join(f"{k}={v}" for k, v in c["settings"].items() if v is not None)}
     return about | found | ratios
@@ -151,19 +151,20 @@ def main() -> int:
     args.add_argument("--cell", help=argparse.SUPPRESS)
     args.add_argument("--how", choices=("tensors", "resident"), default="tensors", help=argparse.SUPPRESS)
     args.add_argument("--only", type=int, nargs=2, metavar=("FROM", "TO"), help="some of the runs, shown and not kept")
+    args.add_argument("--estimates", action="store_true", help="make estimates and tensors again; take resident memory from the stored table")
     given, start = args.parse_args(), time.time()
     if given.cell:
         print(json.dumps(one(json.loads(given.cell), given.how)))
         return 0
-    lines = []
-    for c in cells()[slice(*given.only) if given.only else slice(None)]:
-        lines.append(line(c))
+    lines, stored = [], pd.read_csv(KEEP / "memory.csv").to_dict("records") if given.estimates else []
+    for i, c in enumerate(cells()[slice(*given.only) if given.only else slice(None)]):
+        lines.append(line(c, stored[i] if stored else None))
         shown = [k for k in lines[-1] if k.startswith("ratio") or k in ("arch", "method", "settings", "phase", "resident", "seconds")]
         print(" · ".join(f"{k} {lines[-1][k]:.3g}" if isinstance(lines[-1][k], float) else str(lines[-1][k]) for k in shown), flush=True)
     if given.only: return 0
     KEEP.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(lines).to_csv(KEEP / "memory.csv", index=False, float_format="%.5g")
-    made = {"command": "python bench/memory.py", "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    made = {"command": "python bench/memory.py" + " --estimates" * given.estimates, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(time.time() - start, 1), "platform": f"{platform.system()} {platform.machine()}",
             "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in ("reprpo", "torch", "transformers", "peft")}}
     (KEEP / "memory.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")

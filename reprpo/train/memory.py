@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARE', 'Worst', 'first', 'token_pairs', 'row_lengths', 'divisors', 'worst_rows', 'size', 'overhead',
            'MemoryEstimate', 'dressed', 'put_edits', 'recompute', 'loss_of', 'half_products', 'Rehearsal', 'Plan',
-           'staged', 'store_size', 'rehearsal', 'estimate_memory']
+           'shorter', 'staged', 'store_size', 'rehearsal', 'estimate_memory']
 
 # %% ../../nbs/08_train/07_memory.ipynb #m-003
 from contextlib import contextmanager, nullcontext
@@ -214,7 +214,7 @@ class Rehearsal:
         return peak + beside, parts | {"reference": parts["reference"] + beside}
 
     def zero(self, batch:PairBatch) -> Worst:
-        "The step-zero table where it has a forward of its own, without autocast: the graph stays while gradients are taken."
+        "The step-zero table where its forward is another one, without autocast and dropout: the graph stays while gradients are taken."
         ledger, batch = self.begin(), self.empty(batch)
         self.model.eval()
         for block in blocks_of(self.model): block.training = self.plan.config.checkpointing
@@ -226,7 +226,8 @@ class Rehearsal:
     def step(self, batch:PairBatch, accumulate:bool) -> dict[str, Worst]:
         "One micro-batch: the step-zero table, and forward and backward with the optimiser in place."
         cast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.plan.config.precision)
-        zero = self.zero(batch) if cast else None
+        apart = bool(cast) or any(isinstance(m, nn.Dropout) and m.p for m in self.model.modules())
+        zero = self.zero(batch) if apart else None
         ledger, model, plan, batch = self.begin(), self.model.train(), self.plan, self.empty(batch)
         with ledger, still(model):
             ledger.kind = "reference"
@@ -239,7 +240,7 @@ class Rehearsal:
             finally: vars(model).pop("forward", None)
             loss = loss_of(plan.method, pi, ref or pi.map(lambda x: x.detach().clone()))
             forward = ledger.mark()
-            if not cast:
+            if not apart:
                 gradient_norms({"loss": loss}, self.learn)
                 zero = max(forward, ledger.mark(), key=first)
             ledger.kind = "optimiser"
@@ -295,6 +296,19 @@ class Plan:
         "For every size that divides the batch, the micro-batch that keeps most alive."
         return {m: self.batch(worst_rows(self.pairs, self.config, m)) for m in divisors(self.config.batch_size)}
 
+    def opening(self) -> dict[int, int]:
+        "The length of the micro-batch that the run begins with, for every size that divides the batch."
+        long = row_lengths(self.pairs, self.config.layout)[pair_order(len(self.pairs), self.config.batch_size, self.config.seed)]
+        return {m: int(long[:m].max()) for m in divisors(self.config.batch_size)}
+
+def shorter(
+    worst:Worst,
+    share:float,   # of the length
+) -> Worst:
+    "The same with rows that are shorter."
+    gone = int((1 - share) * worst[1].get("activations", 0))
+    return worst[0] - gone, worst[1] | {"activations": worst[1].get("activations", 0) - gone}
+
 @contextmanager
 def staged(
     plan:Plan,
@@ -322,16 +336,18 @@ def rehearsal(
 ):
     "Estimates of a plan's memory by the size of its micro-batch; one twin serves them all."
     config, kind, resident = plan.config, plan.device.type, weight_bytes(plan.model)
-    worst, row = plan.worst(), plan.batch(pair_order(len(plan.pairs), 1, config.seed))
+    worst, begins, row = plan.worst(), plan.opening(), plan.batch(pair_order(len(plan.pairs), 1, config.seed))
     longest = plan.passes() if plan.reference == "store" else {}
     with staged(plan) as stage:
         once, pairs = {"check": stage.check(row)}, None
         if plan.reference == "store": pairs, once["storing the reference"] = store_size(stage, longest, plan.free, resident)
         def estimate(micro:int) -> MemoryEstimate:
+            length = worst[micro].ids.shape[1]
             phases = once | stage.step(worst[micro], micro < config.batch_size)
+            phases["step zero"] = shorter(phases["step zero"], begins[micro] / length)
             most, parts = max(phases.values(), key=first)
             parts = {k: v for k, v in parts.items() if v} | {"overhead": overhead(kind, most)}
-            return MemoryEstimate(parts, {k: v for k, (v, _) in phases.items()}, micro, worst[micro].ids.shape[1], resident, pairs)
+            return MemoryEstimate(parts, {k: v for k, (v, _) in phases.items()}, micro, length, resident, pairs)
         yield estimate
 
 def estimate_memory(
