@@ -36,7 +36,7 @@ def page_model() -> tuple: # (model, tokenizer)
     return model, tokenizer
 
 # %% ../../nbs/02_pairs/07_pages.ipynb #cell-008
-HELD, LEAST = 0.25, 64 # share of your own pairs that is judged on, and how many pairs a page can do with
+HELD, LEAST = 0.25, 240 # share of your own pairs that is judged on, and how many pairs a page can do with
 
 def own_parts(
     sets:int=1,              # sets to judge on
