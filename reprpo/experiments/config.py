@@ -41,7 +41,7 @@ class RunConfig:
     seed: Annotated[int, N] = 0  # (first) seed: data order, adapter, dropout
     steps: Annotated[int | None, unset("N", BY_SIZE)] = None  # optimiser steps
     batch_size: Annotated[int | None, unset("N", BY_SIZE)] = None  # pairs per optimiser step
-    micro_batch: Annotated[int | None, unset("N", "batch size")] = Training.micro_batch  # pairs per forward pass
+    micro_batch: Annotated[int | None, unset("N", "as fits")] = Training.micro_batch  # pairs per forward pass
     lr: Annotated[float | None, unset("X", "the method's")] = Training.lr  # peak learning rate
     # layers that hidden-state methods read: 4, -2, 0.5, range(0.3,-2)
     layers: Annotated[str | None, unset("LAYERS", "the method's")] = Training.layers

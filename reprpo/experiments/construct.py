@@ -292,7 +292,8 @@ def construct(
     tokens = tokenize_pairs(numbered, tokenizer, limit, on_truncate, **more)
     keys = len({t.key for t in tokens})
     if len(tokens) < SMALLEST or keys < 2*LEAST:
-        raise UserError(f"'{pairs.label}' has {len(tokens)} rows with {keys} keys; to cut shifts {SMALLEST} rows with {2*LEAST} keys are needed; give more, or sets to judge on (--eval)")
+        raise UserError(f"'{pairs.label}' has {len(tokens)} rows with {keys} keys; to cut shifts {SMALLEST} rows with {2*LEAST} keys are needed; "
+                        "give more, or sets to judge on (--eval)")
     m = measure(pairs, tokens, model, layers, batch_size)
     cut, notes = cut_sets(m, seed, share)
     if len(cut.get("train", ())) < SMALLEST//3:
