@@ -63,14 +63,16 @@ def test_from_a_jsonl_to_a_report(model, pairs, more, home, capsys):
 
 
 def test_then_judge_merge_and_evaluate(home, capsys):
-    run = "qwen-out/runs/dpo/seed-0"
-    assert call(["judge", run, "--eval", "test=qwen-out/sets/test.jsonl", "--fresh-n", "24"]) == 0
+    run, test = "run", "run-sets/test.jsonl"
+    how = ["--no-coherence", "--template-options", "enable_thinking=false"]
+    assert call(["train", "dpo", "--model", "qwen", "--train", "pairs.jsonl", *how, "--steps", "3", "--batch-size", "8", "--eval-n", "24", "--out", run]) == 0
+    capsys.readouterr()
+    assert call(["judge", run, "--eval", f"test={test}", "--fresh-n", "24"]) == 0
     card = capsys.readouterr().out
     assert "test" in card and "coherence" in card.lower() and "KL" in card
     assert call(["merge", run, "--out", "merged"]) == 0
     capsys.readouterr()
-    how = ["--no-coherence", "--template-options", "enable_thinking=false"]
-    assert call(["evaluate", "merged", "--base", "qwen", "--eval", "qwen-out/sets/test.jsonl", *how]) == 0
+    assert call(["evaluate", "merged", "--base", "qwen", "--eval", test, *how]) == 0
     assert "KL" in capsys.readouterr().out
 
 
