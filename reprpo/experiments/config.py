@@ -55,7 +55,7 @@ class RunConfig:
     system: Annotated[str | None, unset("TEXT", "none")] = None  # system message of the chat template
     # variables of the chat template, such as enable_thinking=false
     template_options: Annotated[tuple[str, ...], unset("KEY=VALUE...", "the template's own")] = ()
-    precision: Literal["fp32", "bf16"] = Training.precision  # of training; scores are always taken in dtype
+    precision: Literal["fp32", "bf16", "fp16"] = Training.precision  # of training, fp16 on a GPU only; scores are always taken in dtype
     layout: Literal["concat", "shared"] = Training.layout  # a row per answer, or both after one prompt
     checkpointing: bool = Training.checkpointing  # less memory, more time
     save_every: Annotated[int, N] = Training.save_every  # steps between checkpoints that a killed run resumes from; 0: none

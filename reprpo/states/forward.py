@@ -42,7 +42,7 @@ def model_inputs(
 ) -> dict:            # keyword arguments of the model's forward
     "Bare ids where rows are plain sequences; mask and positions where answers share a prompt."
     inputs = {"input_ids": batch.ids, "use_cache": False}
-    if "logits_to_keep" in inspect.signature(bare(model).forward).parameters: inputs["logits_to_keep"] = 1
+    if "logits_to_keep" in inspect.signature(bare(model).forward).parameters: inputs["logits_to_keep"] = batch.ids.new_empty(0)
     if batch.layout == "concat": return inputs
     kind = batch.ids.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else bare(model).dtype
