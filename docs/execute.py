@@ -18,6 +18,7 @@ from prepare import directives
 ROOT = Path(__file__).parent.parent
 TAKES = re.compile(r"\bpage_(model|tokenizer|pairs|run|setting)\(")
 WORLD = re.compile(r"runs on the embedded world only", re.IGNORECASE)
+QUIET = ["--log-level=40"]  # newer kernels warn of every start
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -33,7 +34,7 @@ def execute(path: Path, out: Path | None = None, limit: int | None = 600) -> flo
     "Run one notebook in its own folder and save it, or what came of it, under `out` (the notebook itself if None); the seconds it took."
     start, notebook = time.time(), nbformat.read(path, 4)
     where = {"metadata": {"path": str(path.parent)}}
-    try: Client(notebook, timeout=limit, kernel_name="python3", resources=where, record_timing=False).execute()
+    try: Client(notebook, timeout=limit, kernel_name="python3", extra_arguments=QUIET, resources=where, record_timing=False).execute()
     finally:
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -45,8 +45,9 @@ class _FrozenHead(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for s in (slice(i, i + chunk) for i in range(0, len(targets), chunk)):
                 z = _logits(h[s], w, bias, softcap)
-                norm[s] = z.logsumexp(-1)
-                logp[s] = z.gather(-1, targets[s, None])[:, 0] - norm[s]
+                said, top = z.gather(-1, targets[s, None])[:, 0], z.amax(-1)
+                norm[s] = z.sub_(top[:, None]).exp_().sum(-1).log_().add_(top) # logsumexp would copy z
+                logp[s] = said - norm[s]
         ctx.save_for_backward(hidden, weight, targets, bias, norm)
         return logp
 
