@@ -101,7 +101,8 @@ def refusal(
     "That it does not fit, by how much, and what would help."
     told = ", ".join(f"{size(v)} with {k}" for k, v in effects(plan, now).items())
     pairs = "one pair" if now.pairs == 1 else f"{now.pairs} pairs"
-    return (f"{pairs} of {now.length} tokens would take {size(now.peak)}, where a run may fill {size(now.share * free + now.resident)} of the {size(free + now.resident)} on {plan.device}"
+    room, whole = size(now.share * free + now.resident), size(free + now.resident)
+    return (f"{pairs} of {now.length} tokens would take {size(now.peak)}, where a run may fill {room} of the {whole} on {plan.device}"
             + (f"; {told}" if told else "") + f"; --micro-batch {now.pairs} tries it all the same")
 
 def fit_micro_batch(
