@@ -91,12 +91,12 @@ def check_room(
 
 def as_read(
     model:nn.Module,
-    batch,                # a `PairBatch`, or anything else with `insert`
+    batch,                # a `PairBatch`, or anything else with `longest` and `insert`
 ) -> tuple:               # the batch as the model is to read it, and what to call with it
     "A policy with a system prompt reads it in every row; any other model reads the batch as it is."
     extra = getattr(model, "insertion", None)
     if extra is None: return batch, model
-    check_room(model, int(batch.positions.max()) + 1, len(extra[1]))
+    check_room(model, batch.longest, len(extra[1]))
     return batch.insert(*extra), bare(model)
 
 def forward_states(
