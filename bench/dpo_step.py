@@ -259,7 +259,9 @@ def main(o: Options) -> None:
     where = dict(cpu=platform.processor() or platform.machine(), threads=torch.get_num_threads(), load=os.getloadavg(), trl=metadata.version("trl"),
                  gpu=torch.cuda.get_device_name() if size["device"].startswith("cuda") else None)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(o).items()} | dict(model=o.shape or o.model, pairs=Path(o.pairs).name)
-    write_json(o.out, manifest(config, **size, **where, loss_spread=spread, arms=result.to_dict("records"), runs=runs.to_dict("records")))
+    command = " ".join(Path(word).name if "/" in word else word for word in sys.argv)
+    tables = dict(arms=result.to_dict("records"), runs=runs.to_dict("records"))
+    write_json(o.out, manifest(config, **size, **where, loss_spread=spread, **tables) | {"command": command})
     print(result.round(3).to_string(index=False))
     print(f"{size['tokens']} tokens in {o.steps - o.warm} timed steps, {size['padded'] / size['tokens'] - 1:.1%} padding on top; "
           f"losses agree to {spread:.1e}; {size['device']}, {where['threads']} threads, {runs.matrix_peak.median() / 1e9:.0f} GFLOP/s; written to {o.out}")
