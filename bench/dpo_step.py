@@ -47,10 +47,10 @@ from reprpo.train.feed import pair_order
 from reprpo.train.trainer import train
 
 ARMS = {  # name -> options of reprpo's TrainConfig or of TRL's DPOConfig
-    "reprpo": dict(reference="cache"),
+    "reprpo": dict(reference="cache", layout="auto"),
     "reprpo, a pair in a row": dict(reference="cache", layout="shared"),
     "reprpo, an answer in a row": dict(reference="cache", layout="concat"),
-    "reprpo, live reference": dict(reference="live"),
+    "reprpo, live reference": dict(reference="live", layout="auto"),
     "TRL, online": dict(precompute_ref_log_probs=False),
     "TRL, precomputed": dict(precompute_ref_log_probs=True),
 }
