@@ -26,6 +26,7 @@ CAPTIONS = {
     "10_experiments": "Experiments",
     "11_stories": "Stories",
     "12_pause": "Pause tokens",
+    "13_speed": "Speed",
 }
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(?P<body>.+?)\s*$")
 TICKED = re.compile(r"(?<![`\[\w{}])`([A-Za-z_][\w.]*)`(?!`|\])")

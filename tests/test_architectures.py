@@ -58,7 +58,7 @@ def test_sites_are_the_modules_by_name(kind, source):
 
 @cell
 @source_of
-@pytest.mark.parametrize("layout", ["concat", "shared"])
+@pytest.mark.parametrize("layout", ["concat", "shared", "packed"])
 def test_captures_are_a_naive_reading(kind, source, layout):
     "Every layer, padded and batched, equals one plain row at a time: of the base, and of an adapter that naive reading adds into the weights."
     peft, *readings = read(kind)

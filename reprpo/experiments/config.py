@@ -56,7 +56,7 @@ class RunConfig:
     # variables of the chat template, such as enable_thinking=false
     template_options: Annotated[tuple[str, ...], unset("KEY=VALUE...", "the template's own")] = ()
     precision: Literal["fp32", "bf16", "fp16"] = Training.precision  # of training, fp16 on a GPU only; scores are always taken in dtype
-    layout: Literal["concat", "shared"] = Training.layout  # a row per answer, or both after one prompt
+    layout: Literal["auto", "concat", "shared", "packed"] = Training.layout  # a row per answer, per pair, or for several; auto: the cheapest
     checkpointing: bool = Training.checkpointing  # less memory, more time
     save_every: Annotated[int, N] = Training.save_every  # steps between checkpoints that a killed run resumes from; 0: none
     rank: Annotated[int | None, unset("N", BY_SIZE)] = None  # LoRA rank

@@ -180,10 +180,10 @@ def check_padding(p:Patient) -> Finding:
 
 def check_shared(p:Patient) -> Finding:
     "Both answers after one copy of the prompt."
-    try: gap = check_head(p.model, p.batch(layout="shared"))
+    try: gap = check_head(p.model, p.batch(layout="packed"))
     except (UserError, RuntimeError, ValueError, TypeError) as e:
         return Finding("shared prompts", "warn", f"not with this model: {_line(e)}", "keep --layout concat, the default")
-    return Finding("shared prompts", "ok", f"--layout shared gives the same to {gap:.1g} nats a token")
+    return Finding("shared prompts", "ok", f"several pairs in a row give the same to {gap:.1g} nats a token")
 
 # %% ../../nbs/10_experiments/10_doctor.ipynb #cell-014
 def _line(e:Exception) -> str:

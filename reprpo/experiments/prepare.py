@@ -19,6 +19,7 @@ from ..pairs.spec import PairSpec
 from ..pairs.template import question, set_template
 from ..pairs.tokenize import TokenSet, context_length, pad_id, tokenize_pairs
 from ..states.forward import check_room
+from ..states.layout import choose_layout
 from ..train.competitors import check_text, find_text, layers_of
 from ..train.config import TrainConfig as Training
 from ..train.feed import View, make_view
@@ -128,7 +129,8 @@ def prepare(
         limit = config.max_length or context_length(tokenizer, model.config)
         make = lambda pairs: pairs and tokenize_pairs(pairs, tokenizer, limit, config.on_truncate, config.max_dropped)
         tokens = dict(train=make(data.train), val=make(data.val), tokens=tuple(make(e) for e in data.evals))
-    return Bench(config, data, model, tokenizer, **tokens)
+    known = tokens["train"] or next(iter(tokens["tokens"]), ())
+    return Bench(replace(config, layout=choose_layout(model, known, config.layout)[0]), data, model, tokenizer, **tokens)
 
 def look(
     bench:Bench,

@@ -33,6 +33,9 @@ class Written:
     prev: Integer[Tensor, " n"]    # the position before it
     layout: str = "concat"         # one plain sequence a row, for `model_inputs`
 
+    @property
+    def longest(self) -> int: return self.ids.shape[1]
+
     def insert(self,
         at:int,              # tokens of each row that stay before
         new:tuple[int, ...], # ids to put into every row

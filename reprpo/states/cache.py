@@ -24,6 +24,7 @@ from ..models import fingerprint
 from ..pairs.batch import batches
 from .capture import bare
 from .forward import forward_states, reference_mode
+from .layout import choose_layout
 from .pool import States
 
 # %% ../../nbs/03_states/05_cache.ipynb #cell-006
@@ -75,13 +76,13 @@ def reference_states(
     reduce:str="mean",              # how an answer's tokens become one vector
     transform:Callable|None=None,   # applied before pooling, frozen
     batch_size:int=32,              # pairs in a forward
-    layout:str="concat",            # how a batch lays out its pairs: concat | shared
+    layout:str="concat",            # how a batch lays out its pairs: concat | shared | packed; auto: the cheapest
     logps:bool=True,                # False: states only, and the forward ends at the highest site
     progress:bool=False,            # show a bar
 ) -> States:                        # of every pair in the set's order, on the CPU
     "The reference's states of a whole token set."
     n, device, whole = len(token_set), bare(model).device, None
-    todo = batches(token_set, batch_size, layout, pad_id(model))
+    todo = batches(token_set, batch_size, choose_layout(model, token_set, layout, batch_size)[0], pad_id(model))
     with reference_mode(model), torch.autocast(device.type, enabled=False):
         for batch in tqdm(todo, total=-(-n//batch_size), desc="reference", disable=not progress, leave=False):
             part = forward_states(model, batch.to(device), sites, reduce, transform, logps).to("cpu")
@@ -161,7 +162,7 @@ class ReferenceCache:
 
     def fill(self,
         batch_size:int=32,      # pairs in a forward
-        layout:str="concat",    # how a batch lays out its pairs: concat | shared
+        layout:str="concat",    # how a batch lays out its pairs: concat | shared | packed; auto: the cheapest
         progress:bool=True,     # show a bar
     ) -> int:                   # pairs that had to be computed: 0 when all was there
         "Compute what is missing, in one pass over the pairs, and put it on disk whole or not at all."

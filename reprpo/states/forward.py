@@ -30,7 +30,7 @@ def shared_masks(
     config, whole = bare(model).config.get_text_config(), batch.attention_mask(dtype)
     kinds, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
     strange = sorted(kinds - {"full_attention", "sliding_attention"})
-    if strange: raise UserError(f"layout=shared does not know the {strange[0]} of {type(bare(model)).__name__}; use layout=concat")
+    if strange: raise UserError(f"layout={batch.layout} does not know the {strange[0]} of {type(bare(model)).__name__}; use layout=concat")
     if not window or window >= batch.ids.shape[1]: return whole
     far = batch.positions[:, None, :, None] - batch.positions[:, None, None, :] >= window
     near = whole.masked_fill(far, torch.finfo(dtype).min)
@@ -91,12 +91,12 @@ def check_room(
 
 def as_read(
     model:nn.Module,
-    batch,                # a `PairBatch`, or anything else with `insert`
+    batch,                # a `PairBatch`, or anything else with `longest` and `insert`
 ) -> tuple:               # the batch as the model is to read it, and what to call with it
     "A policy with a system prompt reads it in every row; any other model reads the batch as it is."
     extra = getattr(model, "insertion", None)
     if extra is None: return batch, model
-    check_room(model, batch.ids.shape[1], len(extra[1]))
+    check_room(model, batch.longest, len(extra[1]))
     return batch.insert(*extra), bare(model)
 
 def forward_states(
@@ -167,29 +167,32 @@ def own_logps(
     return logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
 
 def _shared_gap(model:nn.Module, batch) -> float:
-    "How far the first pair's log-probabilities in one row are from those of two plain rows, nats a token."
+    "How far the log-probabilities of answers that share rows are from those of plain rows, nats a token; the first and the last pair's."
     states, gaps = forward_states(model, batch), []
-    for block, logp, n in ((2, states.logp_cho[0], states.n_cho[0]), (3, states.logp_rej[0], states.n_rej[0])):
-        row = batch.ids[:1, (batch.block[0] == 1) | (batch.block[0] == block)]
-        gaps.append((own_logps(model, row)[-int(n):].sum() - logp).abs().item() / int(n))
+    for i in {0, batch.b - 1}:
+        row, mine = batch.tok_row[batch.owner == i][0], batch.pair == i
+        for block, logp, n in ((2, states.logp_cho[i], states.n_cho[i]), (3, states.logp_rej[i], states.n_rej[i])):
+            ids = batch.ids[row][mine[row] & ((batch.block[row] == 1) | (batch.block[row] == block))]
+            gaps.append((own_logps(model, ids[None])[-int(n):].sum() - logp).abs().item() / int(n))
     return max(gaps)
 
 @torch.no_grad()
 def check_head(
     model:nn.Module,
-    batch,             # any `PairBatch`; its first row is used
+    batch,             # any `PairBatch`; its first row is used, and of shared rows the first and last pair
     atol:float=1e-2,   # largest difference in log-probability taken for rounding, in nats; 25 times as much in halves
 ) -> float:            # the largest difference found
     "Compare our log-probabilities with the model's own logits; refuse a model that rescales them, or reads a shared prompt, in a way we don't know."
-    ids, name = batch.ids[:1, :int((batch.block[0] > 0).sum())], type(bare(model)).__name__
+    first = (batch.pair[0] == batch.pair[0, 0]) & (batch.block[0] > 0) & (batch.block[0] < 3)
+    ids, name = batch.ids[:1, first], type(bare(model)).__name__
     near = atol*(1 if bare(model).dtype == torch.float32 else 25)
     with eval_mode(model):
         with capture(model, ["final"]) as got: own = own_logps(model, ids)
         gap = (head_logps(model, got["final"][0, :-1], ids[0, 1:]) - own).abs().max().item()
-        apart = _shared_gap(model, batch) if batch.layout == "shared" else 0.0
+        apart = _shared_gap(model, batch) if batch.layout != "concat" else 0.0
     if not gap <= near:
         raise UserError(f"{name} rescales its logits in a way reprpo does not know (log-probabilities differ by {gap:.3g}); "
                         "only final_logit_softcapping is supported")
     if not apart <= near:
-        raise UserError(f"{name} does not follow the mask of layout=shared (log-probabilities differ by {apart:.3g} nats a token); use layout=concat")
+        raise UserError(f"{name} does not follow the mask of layout={batch.layout} (log-probabilities differ by {apart:.3g} nats a token); use layout=concat")
     return max(gap, apart)

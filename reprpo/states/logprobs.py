@@ -36,36 +36,31 @@ def _operands(hidden, weight, dtype) -> tuple[Tensor, Tensor]:
 
 # %% ../../nbs/03_states/03_logprobs.ipynb #cell-007
 class _FrozenHead(torch.autograd.Function):
-    "Log-probabilities under a head that does not learn: the gradient goes to the hidden states only."
+    "Log-probabilities under a head that does not learn: the gradient goes to the hidden states only, and is found on the way."
     @staticmethod
-    def forward(ctx, hidden, weight, targets, bias, chunk, softcap, dtype):
-        ctx.chunk, ctx.softcap, ctx.dtype = chunk, softcap, dtype
+    def forward(ctx, hidden, weight, targets, bias, chunk, softcap, dtype, learns):
         h, w = _operands(hidden, weight, dtype)
-        logp, norm = (torch.empty(len(targets), device=hidden.device) for _ in range(2))
+        logp = torch.empty(len(targets), device=hidden.device)
+        slopes = torch.empty(hidden.shape, device=hidden.device) if learns else None
         with torch.autocast(hidden.device.type, enabled=False):
             for s in (slice(i, i + chunk) for i in range(0, len(targets), chunk)):
                 z = _logits(h[s], w, bias, softcap)
-                said, top = z.gather(-1, targets[s, None])[:, 0], z.amax(-1)
-                norm[s] = z.sub_(top[:, None]).exp_().sum(-1).log_().add_(top) # logsumexp would copy z
-                logp[s] = said - norm[s]
-        ctx.save_for_backward(hidden, weight, targets, bias, norm)
+                said, top = z.gather(-1, targets[s, None]), z.amax(-1, keepdim=True)
+                bend = 1 - (z/softcap)**2 if learns and softcap is not None else None
+                total = z.sub_(top).exp_().sum(-1, keepdim=True) # logsumexp would copy z
+                logp[s] = (said - top - total.log())[:, 0]
+                if not learns: continue
+                z.div_(-total).scatter_add_(-1, targets[s, None], torch.ones_like(total))
+                slopes[s] = _product((z if bend is None else z.mul_(bend)).to(w.dtype), w)
+        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(slopes)
         return logp
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        hidden, weight, targets, bias, norm = ctx.saved_tensors
-        h, w = _operands(hidden, weight, ctx.dtype)
-        out = torch.empty_like(hidden)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for s in (slice(i, i + ctx.chunk) for i in range(0, len(targets), ctx.chunk)):
-                z = _logits(h[s], w, bias, ctx.softcap)
-                slope = None if ctx.softcap is None else 1 - (z/ctx.softcap)**2
-                g = z.sub_(norm[s, None]).exp_().mul_(-grad[s, None])
-                g.scatter_add_(-1, targets[s, None], grad[s, None])
-                if slope is not None: g *= slope
-                out[s] = _product(g.to(w.dtype), w).to(out.dtype)
-        return out, None, None, None, None, None, None
+        slopes, = ctx.saved_tensors
+        return (grad[:, None] * slopes).to(ctx.dtype), *[None] * 7
 
 # %% ../../nbs/03_states/03_logprobs.ipynb #cell-008
 def _dtype(hidden:Tensor, weight:Tensor) -> torch.dtype:
@@ -84,7 +79,8 @@ def completion_logps(
     "Log-probability of each target under the softmax of the head."
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return trainable_logps(hidden, lambda h: nn.functional.linear(h, weight, bias), targets, chunk, softcap)
-    return _FrozenHead.apply(hidden, weight, targets, bias, chunk, softcap, _dtype(hidden, weight))
+    learns = hidden.requires_grad and torch.is_grad_enabled()
+    return _FrozenHead.apply(hidden, weight, targets, bias, chunk, softcap, _dtype(hidden, weight), learns)
 
 # %% ../../nbs/03_states/03_logprobs.ipynb #cell-010
 def trainable_logps(

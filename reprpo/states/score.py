@@ -15,20 +15,21 @@ from ..pairs.batch import batches
 from .cache import LOGPS, pad_id
 from .capture import bare
 from .forward import eval_mode, forward_states
+from .layout import choose_layout
 
 # %% ../../nbs/03_states/06_score.ipynb #cell-006
 def score(
     model:nn.Module,       # as it stands: an adapter that is on stays on
     token_set,             # a `TokenSet`
     batch_size:int=32,     # pairs in a forward; pairs of similar length go together
-    layout:str="concat",   # how a batch lays out its pairs: concat | shared
+    layout:str="concat",   # how a batch lays out its pairs: concat | shared | packed; auto: the cheapest
     progress:bool=False,   # show a bar
 ) -> pd.DataFrame:         # row, kind, key, logp_cho, logp_rej (sums, nats), n_cho, n_rej (tokens), in the set's order
     "Score both answers of every pair, without gradient, dropout or autocast; the model's mode is as before afterwards."
     pairs, device = token_set.pairs, bare(model).device
     rows, parts = [], []
     with eval_mode(model), torch.autocast(device.type, enabled=False):
-        todo = batches(token_set, batch_size, layout, pad_id(model))
+        todo = batches(token_set, batch_size, choose_layout(model, token_set, layout, batch_size)[0], pad_id(model))
         for batch in tqdm(todo, total=-(-len(pairs)//batch_size), desc="score", disable=not progress, leave=False):
             states = forward_states(model, batch.to(device))
             rows.append(batch.rows.cpu())

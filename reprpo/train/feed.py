@@ -49,7 +49,7 @@ class PairCollator:
     def __init__(self,
         token_set,               # TokenSet
         pad_id:int,              # fills rows up
-        layout:str="concat",     # or "shared"
+        layout:str="concat",     # as in `collate`
     ): self.token_set, self.pad_id, self.layout = token_set, pad_id, layout
 
     def __call__(self, rows:list[int]) -> dict:

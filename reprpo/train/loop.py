@@ -20,6 +20,7 @@ from ..io import append_jsonl
 from ..losses.balance import Balance, Parts, Weight, measure_parts, split_terms, weigh
 from ..pairs.batch import PairBatch
 from ..seeds import generator
+from ..states.layout import choose_layout
 from .adapter import adapter_params, scaled
 from .checks import check_gradient, check_optimised, term_gradients
 from .config import TrainConfig
@@ -112,7 +113,8 @@ class PairTrainer(Trainer):
         stream, rule = RowStream(len(feed.tokens), config.steps * config.batch_size, config.seed), balance_rule(method)
         self.balancer, self.coming = Balancer(rule) if rule else None, None
         callbacks = [RunChecks(config, method.label)] + ([self.balancer] if rule else [])
-        super().__init__(model, args, PairCollator(feed.tokens, feed.pad, config.layout), stream, callbacks=callbacks)
+        layout = choose_layout(model, feed.tokens, config.layout, config.batch_size)[0]
+        super().__init__(model, args, PairCollator(feed.tokens, feed.pad, layout), stream, callbacks=callbacks)
         for callback in (PrinterCallback, ProgressCallback): self.remove_callback(callback)
         self.method, self.config, self.feed = method, config, feed
         self.progress, self.metrics, self.history, self.clock, self.seen = progress, metrics, [], None, 0

@@ -24,6 +24,7 @@ from ..states import logprobs
 from ..states.capture import bare, blocks_of, find_place
 from ..states.forward import forward_states, own_logps, reference_mode, still
 from ..states.layers import parse_layers
+from ..states.layout import cheapest
 from .adapter import add_adapter
 from .checks import gradient_norms
 from .config import TrainConfig
@@ -247,7 +248,8 @@ class Plan:
     def of(cls, model, tokens, method, config, view=None, device=None, reference=None, free=None) -> "Plan": # as for estimate_memory
         "Fill in what is not given."
         method, pairs, home = Method.parse(method), token_pairs(tokens), bare(model).device
-        config = replace(config, layers=method.layers or config.layers or LAYERS, steps=method.steps or config.steps)
+        layout = cheapest(pairs, config.batch_size) if config.layout == "auto" else config.layout
+        config = replace(config, layers=method.layers or config.layers or LAYERS, steps=method.steps or config.steps, layout=layout)
         reference = reference or ("live" if config.reference == "live" or (config.reference == "auto" and config.precision != "fp32") else "store")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu") if device or home.type == "meta" else home)
         return cls(model, method, config, view or make_view(model, method, config.layers, None), pairs, device, reference, free)
@@ -274,13 +276,13 @@ class Plan:
         return {m: self.batch(worst_rows(self.pairs, self.config, m)) for m in divisors(self.config.batch_size)}
 
     def opening(self) -> dict[int, int]:
-        "The length of the micro-batch that the run begins with, for every size that divides the batch."
-        long = row_lengths(self.pairs, self.config.layout)[pair_order(len(self.pairs), self.config.batch_size, self.config.seed)]
-        return {m: int(long[:m].max()) for m in divisors(self.config.batch_size)}
+        "The cells of the micro-batch that the run begins with, for every size that divides the batch."
+        first = pair_order(len(self.pairs), self.config.batch_size, self.config.seed)
+        return {m: self.batch(first[:m]).ids.numel() for m in divisors(self.config.batch_size)}
 
 def shorter(
     worst:Worst,
-    share:float,   # of the length
+    share:float,   # of the cells
 ) -> Worst:
     "The same with rows that are shorter."
     gone = int((1 - share) * worst[1].get("activations", 0))
@@ -322,7 +324,7 @@ def rehearsal(
         def estimate(micro:int) -> MemoryEstimate:
             length = worst[micro].ids.shape[1]
             phases = once | stage.step(worst[micro], micro < config.batch_size)
-            phases["step zero"] = shorter(phases["step zero"], begins[micro] / length)
+            phases["step zero"] = shorter(phases["step zero"], begins[micro] / worst[micro].ids.numel())
             most, parts = max(phases.values(), key=first)
             parts = {k: v for k, v in parts.items() if v} | {"overhead": overhead(kind, most)}
             return MemoryEstimate(parts, {k: v for k, (v, _) in phases.items()}, micro, length, resident, pairs, usable(kind))

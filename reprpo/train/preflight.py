@@ -70,7 +70,7 @@ def options(
     short = lambda x: TokenPair(x.prompt[:half // 3], x.chosen[:half * 2 // 3], x.rejected[:half * 2 // 3])
     tried[f"--max-length {half}"] = lambda p: replace(p, pairs=[x for x in p.pairs if x.longest <= half] or [short(x) for x in p.pairs])
     if bare(plan.model).dtype == torch.float32: tried["--dtype bfloat16"] = lambda p: replace(p, dtype=torch.bfloat16)
-    if c.layout == "concat": tried["--layout shared"] = lambda p: replace(p, config=replace(p.config, layout="shared"))
+    if c.layout == "concat": tried["--layout packed"] = lambda p: replace(p, config=replace(p.config, layout="packed"))
     if len(plan.view.sites) > 1:
         n = len(decoder_blocks(plan.model))
         last = plan.view.sites[-1]
@@ -134,7 +134,7 @@ def rough_bytes(
     "More than a run is likely to take beside its model."
     c, pairs = bare(model).config.get_text_config(), token_pairs(tokens)
     most, width = int(row_lengths(pairs, config.layout).max()), max(c.hidden_size, getattr(c, "intermediate_size", None) or 0) ** 0.5 * c.hidden_size ** 0.5
-    rows = config.batch_size // config.accumulation() * (1 if config.layout == "shared" else 2)
+    rows = config.batch_size // config.accumulation() * (2 if config.layout == "concat" else 1)
     step = rows * most * c.num_hidden_layers * width * KEPT
     pass_ = 2 * max(config.batch_size, 32) * most * width * (c.num_hidden_layers + 24) * 4
     return int(max(step, pass_) + 4 * min(512, rows * most) * c.vocab_size * 4)
@@ -174,14 +174,14 @@ def remember(
     found:MemoryEstimate,
 ) -> None:
     "Keep an estimate for the next run of the same kind."
-    _known.setdefault(plan.model, {})[_name(plan)] = [b.ids.shape[1] for b in plan.worst().values()], found
+    _known.setdefault(plan.model, {})[_name(plan)] = [b.ids.numel() for b in plan.worst().values()], found
 
 def recalled(
     plan:Plan,
 ) -> MemoryEstimate|None:
     "The estimate of an earlier run of this kind on this model, if its rows were as long or longer and it still fits."
     lengths, found = _known.get(plan.model, {}).get(_name(plan), ((), None))
-    longer = found is not None and all(old >= b.ids.shape[1] for old, b in zip(lengths, plan.worst().values()))
+    longer = found is not None and all(old >= b.ids.numel() for old, b in zip(lengths, plan.worst().values()))
     return found if longer and found.fits(plan.free) else None
 
 def preflight(

@@ -8,6 +8,7 @@ __all__ = ['token_pairs', 'row_lengths', 'divisors', 'worst_rows']
 # %% ../../nbs/08_train/07_rows.ipynb #r-003
 import numpy as np
 
+from ..pairs.batch import pack
 from ..pairs.tokenize import TokenPair
 from .config import TrainConfig
 from .feed import pair_order
@@ -21,10 +22,10 @@ def token_pairs(
 
 def row_lengths(
     pairs:list[TokenPair],
-    layout:str,           # shared: both answers are in one row
+    layout:str,           # concat: a row per answer; else both are in one
 ) -> np.ndarray:          # tokens of each pair's longest row
     "How long a row each pair makes."
-    return np.array([len(p.prompt) + len(p.chosen) + len(p.rejected) if layout == "shared" else p.longest for p in pairs])
+    return np.array([len(p.prompt) + len(p.chosen) + len(p.rejected) if layout != "concat" else p.longest for p in pairs])
 
 def divisors(n:int) -> list[int]:
     "The whole numbers that divide n, rising."
@@ -36,6 +37,9 @@ def worst_rows(
     micro:int,            # pairs in a micro-batch
 ) -> list[int]:           # their indices
     "The micro-batch of the run that keeps most alive."
-    order = np.array(pair_order(len(pairs), config.steps * config.batch_size, config.seed)).reshape(-1, micro)
-    long, scored = row_lengths(pairs, config.layout)[order].max(1), np.array([sum(p.scored) for p in pairs])[order].sum(1)
-    return order[np.lexsort((scored, long))[-1]].tolist()
+    order, lengths = np.array(pair_order(len(pairs), config.steps * config.batch_size, config.seed)).reshape(-1, micro), row_lengths(pairs, config.layout)
+    scored, size = np.array([sum(p.scored) for p in pairs])[order].sum(1), lengths[order].max(1)
+    if config.layout == "packed":
+        few = np.argsort(-lengths[order].sum(1), kind="stable")[:16]
+        order, scored, size = order[few], scored[few], [(max(row) + 1) * t for row, _, t in (pack(lengths[m].tolist()) for m in order[few])]
+    return order[np.lexsort((scored, size))[-1]].tolist()

@@ -28,6 +28,7 @@ from ..pairs.tokenize import context_length, pad_id, tokenize_pairs
 from ..states.cache import ReferenceCache
 from ..states.capture import blocks_of
 from ..states.forward import check_head, eval_mode, forward_states, still
+from ..states.layout import choose_layout
 from .adapter import adapter_config, adapter_weights, add_adapter, attached, check_trained, load_adapter, remove_adapter, save_adapter
 from .checks import StepZero, base_checksum, check_base, step_zero
 from .competitors import intervention
@@ -120,7 +121,8 @@ def first_batch(
     "The micro-batch that the first step will see."
     size = config.batch_size // config.accumulation()
     rows = pair_order(len(token_set), config.steps * config.batch_size, config.seed)[:size]
-    return collate([token_set[i] for i in rows], rows, pad, config.layout).to(next(model.parameters()).device)
+    layout = choose_layout(model, token_set, config.layout, config.batch_size)[0]
+    return collate([token_set[i] for i in rows], rows, pad, layout).to(next(model.parameters()).device)
 
 # %% ../../nbs/08_train/08_trainer.ipynb #cell-009
 def newest_checkpoint(
@@ -201,6 +203,7 @@ class Prepared:
     batch:object    # PairBatch: the first micro-batch
     checksum:str    # of the base weights
     flight:Preflight # what was found of its memory, and the settings with a micro-batch that fits
+    note:str = ""    # about the layout, for people
 
 def prepare(
     model:nn.Module,      # base model
@@ -212,6 +215,8 @@ def prepare(
     "Tokenise the pairs, find the layers, look at the memory, and run the reference."
     longest = config.max_length or context_length(tokenizer, model.config)
     tokens, pad = tokenize_pairs(load_pairs(pairs), tokenizer, longest, config.on_truncate, config.max_dropped), pad_id(tokenizer)
+    layout, note = choose_layout(model, tokens, config.layout, config.batch_size)
+    config = replace(config, layout=layout)
     pair = first_batch(model, tokens, replace(config, micro_batch=1), pad)
     check_head(model, pair)
     view = make_view(model, method, config.layers, pair)
@@ -221,7 +226,7 @@ def prepare(
         reference = "live" if cache is None else "store" if missing else "stored"
         flight = preflight(model, tokens, method, config, view, reference, int(os.environ.get("WORLD_SIZE", 1)))
     if missing: cache.fill(flight.store or max(config.batch_size, 32), config.layout, progress=False)
-    return Prepared(Feed(tokens, pad, view, cache), first_batch(model, tokens, flight.config, pad), base_checksum(model), flight)
+    return Prepared(Feed(tokens, pad, view, cache), first_batch(model, tokens, flight.config, pad), base_checksum(model), flight, note)
 
 def learn(
     peft,                 # PeftModel with a fresh adapter, or Intervened
@@ -234,7 +239,7 @@ def learn(
 ) -> tuple[StepZero, PairTrainer]:
     "Check step zero, then run the loop."
     batch, feed = ready.batch, ready.feed
-    if ready.flight.text: bar.note(ready.flight.text)
+    for text in filter(None, (ready.note, ready.flight.text)): bar.note(text)
     if config.checkpointing: recompute(peft)
     zero = step_zero(peft, method, batch, feed.reference(peft, batch, batch.rows.cpu()), feed.view)
     bar.note(zero)

@@ -1,7 +1,10 @@
 """Optimiser steps of reprpo and of TRL's DPOTrainer on the same rows, in the same order, from the same LoRA weights.
 
     pip install -c constraints.txt -e '.[bench]'
-    python bench/train_vs_trl.py --steps 30 --pairs world:facts/train,n=240 --model world
+    python bench/dpo_step.py --pairs math_6b_train.jsonl,n=128 --shape 256x8x32768 --rank 16
+    python bench/dpo_step.py --pairs world:facts/train,n=240 --steps 30
+
+A shape is a random Qwen3 of that width, number of layers and vocabulary, with a tokenizer trained on the pairs.
 
 All arms run in one process, one after the other in every round; then each runs once more in a process of its own, for its memory.
 Tokens count the prompt twice, as both libraries' plain layout feeds it, and no padding; so a layout that feeds it once is paid for what it saves.
@@ -44,9 +47,10 @@ from reprpo.train.feed import pair_order
 from reprpo.train.trainer import train
 
 ARMS = {  # name -> options of reprpo's TrainConfig or of TRL's DPOConfig
-    "reprpo, live": dict(reference="live"),
-    "reprpo, cached": dict(reference="cache"),
-    "reprpo, cached, shared prompts": dict(reference="cache", layout="shared"),
+    "reprpo": dict(reference="cache", layout="auto"),
+    "reprpo, a pair in a row": dict(reference="cache", layout="shared"),
+    "reprpo, an answer in a row": dict(reference="cache", layout="concat"),
+    "reprpo, live reference": dict(reference="live", layout="auto"),
     "TRL, online": dict(precompute_ref_log_probs=False),
     "TRL, precomputed": dict(precompute_ref_log_probs=True),
 }
@@ -56,10 +60,11 @@ ARMS = {  # name -> options of reprpo's TrainConfig or of TRL's DPOConfig
 class Options:
     "What to run."
     model: str = "world"                            # "world", a folder, or a hub name
+    shape: str = ""                                 # WIDTHxLAYERSxVOCABULARY of a random model in its place
     pairs: str = "world:facts/train,n=240"          # anything load_pairs reads
-    steps: int = 30                                 # optimiser steps of each run
-    warm: int = 3                                   # of these, steps before the clock starts
-    rounds: int = 3                                 # times that all arms run
+    steps: int = 4                                  # optimiser steps of each run
+    warm: int = 1                                   # of these, steps before the clock starts
+    rounds: int = 5                                 # times that all arms run
     batch_size: int = 8                             # pairs
     rank: int = 8                                   # of LoRA, on all linear layers but the head
     lr: float = 1e-3                                # peak learning rate
@@ -67,12 +72,56 @@ class Options:
     device: str = "auto"                            # "cpu", "cuda", …
     threads: int = 0                                # CPU threads; 0: torch's own choice
     memory: bool = True                             # measure memory too, each arm in its own process
-    out: Path = Path("bench/results/train_vs_trl.json")
+    out: Path = Path("files/results/dpo_step.json")
     only: str = ""                                  # run this arm once and print its memory (used by the script itself)
 
     def config(self, **changes) -> TrainConfig:
         return TrainConfig(rank=self.rank, alpha=2.0 * self.rank, lr=self.lr, steps=self.steps, batch_size=self.batch_size, precision=self.precision,
                            log_every=self.steps, **changes)
+
+
+def make_shape(shape: str, pairs: str, folder: Path) -> None:
+    "A random Qwen3 of a shape, and a byte-level tokenizer trained on the pairs."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    h, layers, vocabulary = map(int, shape.split("x"))
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts = [text for p in load_pairs(re.sub(",n=.*", "", pairs)) for text in (p.prompt, p.chosen, p.rejected)]
+    learn = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<eos>", "<pad>"], show_progress=False,
+                                initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    inner.train_from_iterator(texts, learn)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", model_max_length=2048)
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=vocabulary, hidden_size=h, intermediate_size=3 * h, num_hidden_layers=layers, num_attention_heads=h // 32, num_key_value_heads=h // 64,
+        head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=1))
+    for part in (model, tokenizer): part.save_pretrained(folder)
+
+
+def matrix_peak(device: str, n: int = 1024, seconds: float = 2.0) -> float:
+    "FLOP/s of the fastest fp32 product of square matrices, now."
+    a, best, until = torch.randn(n, n, device=device), 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        a @ a
+        if device.startswith("cuda"): torch.cuda.synchronize()
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def flops(model, batches: list, rank: int) -> float:
+    "What the batches need with a frozen model, LoRA and a stored reference: prompts once, no padding, logits of scored tokens only."
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings().weight.numel()
+    linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
+    trunk, lora = sum(m.weight.numel() for m in linear), rank * sum(m.in_features + m.out_features for m in linear)
+    width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    total = 0.0
+    for p in (p for batch in batches for p in batch):
+        n, c, r = len(p.prompt), len(p.chosen), len(p.rejected)
+        seen = n * n / 2 + sum(m * (n + m / 2) for m in (c, r))             # pairs of tokens of which one looks at the other
+        total += (n + c + r) * (4 * trunk + 6 * lora) + 4 * head * sum(p.scored) + 12 * width * seen
+    return total
 
 
 class Clock(TrainerCallback):
@@ -167,17 +216,20 @@ def prepare(o: Options):
     full = sum(2*len(p.prompt) + len(p.chosen) + len(p.rejected) for batch in timed for p in batch)
     padded = sum(2 * len(batch) * max(p.longest for p in batch) for batch in timed)
     start = adapter_weights(add_adapter(model, o.config(), o.config().seed))
-    return (pairs, order, start), dict(tokens=full, padded=padded, pairs=len(pairs), device=str(model.device))
+    needed = flops(model, timed, o.rank)
+    return (pairs, order, start), dict(tokens=full, padded=padded, pairs=len(pairs), device=str(model.device), flops=needed,
+                                       parameters=sum(p.numel() for p in model.parameters()))
 
 
-def table(runs: pd.DataFrame, tokens: int, used: dict) -> pd.DataFrame:
+def table(runs: pd.DataFrame, size: dict, used: dict) -> pd.DataFrame:
     "One line for each arm; ratios are medians over rounds of times in the same round."
     seconds = runs.pivot(index="round", columns="arm", values="seconds")
-    speed = tokens / seconds
+    speed, peak = size["tokens"] / seconds, runs.pivot(index="round", columns="arm", values="matrix_peak")
     ratio = lambda arm, base: (seconds[base] / seconds[arm]).median()
     return pd.DataFrame([{
         "arm": arm, "tokens/s": speed[arm].median(), "least": speed[arm].min(), "most": speed[arm].max(),
         "× TRL online": ratio(arm, "TRL, online"), "× TRL precomputed": ratio(arm, "TRL, precomputed"),
+        "of matrix peak": (size["flops"] / seconds[arm] / peak[arm]).median(),
         "total s": median(runs.total[runs.arm == arm]), "loss": median(runs.loss[runs.arm == arm]),
         **({"peak MiB": used[arm]["peak"], "above model MiB": used[arm]["rise"]} if used else {}),
     } for arm in ARMS])
@@ -186,21 +238,33 @@ def table(runs: pd.DataFrame, tokens: int, used: dict) -> pd.DataFrame:
 def main(o: Options) -> None:
     transformers.logging.set_verbosity_error()
     if o.threads: torch.set_num_threads(o.threads)
+    shaped = tempfile.TemporaryDirectory()
+    if o.shape and not o.only:
+        make_shape(o.shape, o.pairs, Path(shaped.name))
+        o = replace(o, model=shaped.name)
     work, size = prepare(o)
     if o.only:
         print(json.dumps(run(o.only, o, work)))
         return
-    runs = pd.DataFrame([run(arm, o, work) | dict(round=r) for r in range(o.rounds) for arm in ARMS]).drop(columns=["peak", "rise"])
+    runs = []
+    for r in range(o.rounds):
+        for arm in ARMS:
+            fast = matrix_peak(size["device"])
+            runs.append(run(arm, o, work) | dict(round=r, matrix_peak=fast))
+            print(f"round {r + 1} of {o.rounds} · {arm} · {size['tokens'] / runs[-1]['seconds']:.0f} tokens/s", flush=True)
+    runs = pd.DataFrame(runs).drop(columns=["peak", "rise"])
     used = {arm: memory(arm, o) for arm in ARMS} if o.memory else {}
-    result = table(runs, size["tokens"], used)
+    result = table(runs, size, used)
     spread = runs.loss.max() / runs.loss.min() - 1
     where = dict(cpu=platform.processor() or platform.machine(), threads=torch.get_num_threads(), load=os.getloadavg(), trl=metadata.version("trl"),
                  gpu=torch.cuda.get_device_name() if size["device"].startswith("cuda") else None)
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(o).items()}
-    write_json(o.out, manifest(config, **size, **where, loss_spread=spread, arms=result.to_dict("records"), runs=runs.to_dict("records")))
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(o).items()} | dict(model=o.shape or o.model, pairs=Path(o.pairs).name)
+    command = " ".join(Path(word).name if "/" in word else word for word in sys.argv)
+    tables = dict(arms=result.to_dict("records"), runs=runs.to_dict("records"))
+    write_json(o.out, manifest(config, **size, **where, loss_spread=spread, **tables) | {"command": command})
     print(result.round(3).to_string(index=False))
     print(f"{size['tokens']} tokens in {o.steps - o.warm} timed steps, {size['padded'] / size['tokens'] - 1:.1%} padding on top; "
-          f"losses agree to {spread:.1e}; {size['device']}, {where['threads']} threads; written to {o.out}")
+          f"losses agree to {spread:.1e}; {size['device']}, {where['threads']} threads, {runs.matrix_peak.median() / 1e9:.0f} GFLOP/s; written to {o.out}")
 
 
 if __name__ == "__main__": main(tyro.cli(Options, description=__doc__))
