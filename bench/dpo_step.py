@@ -1,7 +1,7 @@
 """Optimiser steps of reprpo and of TRL's DPOTrainer on the same rows, in the same order, from the same LoRA weights.
 
     pip install -c constraints.txt -e '.[bench]'
-    python bench/dpo_step.py --pairs math_6b_train.jsonl,n=128 --shape 256x8x32768 --rank 16
+    python bench/dpo_step.py --pairs math_6b_train.jsonl,n=32 --shape 256x8x32768 --rank 16
     python bench/dpo_step.py --pairs world:facts/train,n=240 --steps 30
 
 A shape is a random Qwen3 of that width, number of layers and vocabulary, with a tokenizer trained on the pairs.
@@ -113,7 +113,7 @@ def flops(model, batches: list, rank: int) -> float:
     "What the batches need with a frozen model, LoRA and a stored reference: prompts once, no padding, logits of scored tokens only."
     config = model.config.get_text_config()
     head = model.get_output_embeddings().weight.numel()
-    linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
     trunk, lora = sum(m.weight.numel() for m in linear), rank * sum(m.in_features + m.out_features for m in linear)
     width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
     total = 0.0
@@ -235,6 +235,11 @@ def table(runs: pd.DataFrame, size: dict, used: dict) -> pd.DataFrame:
     } for arm in ARMS])
 
 
+def portable(word: str) -> str:
+    "A word of the command without the folders of this machine."
+    return re.sub(r"(^|=)/\S*/", r"\1", word)
+
+
 def main(o: Options) -> None:
     transformers.logging.set_verbosity_error()
     if o.threads: torch.set_num_threads(o.threads)
@@ -258,8 +263,8 @@ def main(o: Options) -> None:
     spread = runs.loss.max() / runs.loss.min() - 1
     where = dict(cpu=platform.processor() or platform.machine(), threads=torch.get_num_threads(), load=os.getloadavg(), trl=metadata.version("trl"),
                  gpu=torch.cuda.get_device_name() if size["device"].startswith("cuda") else None)
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(o).items()} | dict(model=o.shape or o.model, pairs=Path(o.pairs).name)
-    command = " ".join(Path(word).name if "/" in word else word for word in sys.argv)
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(o).items()} | dict(model=o.shape or o.model, pairs=portable(o.pairs))
+    command = " ".join(map(portable, sys.argv))
     tables = dict(arms=result.to_dict("records"), runs=runs.to_dict("records"))
     write_json(o.out, manifest(config, **size, **where, loss_spread=spread, **tables) | {"command": command})
     print(result.round(3).to_string(index=False))

@@ -37,9 +37,9 @@ def cells() -> list[dict]:
         ("dpo", True, "bfloat16", None, "auto"), ("hs-none-inner", False, "bfloat16", 2, "auto"), ("dpo", False, "float32", 4, "live"),
         ("side-none-mse", True, "float32", 1, "auto"), ("hs-none-inner", True, "float32", None, "live"))]
     large = [cell(a, 256, 4, v, m, 8, 160, t, large=True, **s) for a, v, m, t, s in (
-        ("Llama", 32000, "dpo", True, {"layout": "concat"}), ("Llama", 4096, "side-none-mse", False, {}),
+        ("Llama", 32000, "dpo", True, {}), ("Llama", 4096, "side-none-mse", False, {}),
         ("Llama", 32000, "hs-none-inner", False, {"reference": "live"}),
-        ("Qwen3", 32000, "dpo", True, {"layout": "shared"}), ("GPT2", 4096, "hs-none-inner", True, {"layout": "concat"}), ("Gemma3", 32000, "dpo", True, {}),
+        ("Qwen3", 32000, "dpo", True, {"layout": "shared"}), ("GPT2", 4096, "hs-none-inner", True, {}), ("Gemma3", 32000, "dpo", True, {}),
         ("Llama", 320, "dpo", False, {"precision": "bf16"}))]
     return small + large + [cell("Llama", 512, 12, 32000, "dpo", 8, 128, True, large=True, checkpointing=True),
                             cell("Llama", 512, 8, 32000, "hs-none-inner", 4, 160, True, large=True),

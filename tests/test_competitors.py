@@ -170,7 +170,7 @@ def test_saved_and_clean(model, tokenizer, method, tmp_path):
 def test_ways_to_train_agree(model, tokenizer, method):
     "Accumulation, checkpointing, a shared prompt and a live reference change the speed and not the numbers; bf16 is near."
     one = run(model, tokenizer, method, steps=3)
-    for options in (dict(micro_batch=2), dict(checkpointing=True), dict(layout="concat"), dict(layout="shared"), dict(reference="live")):
+    for options in (dict(micro_batch=2), dict(checkpointing=True), dict(layout="shared"), dict(layout="packed"), dict(reference="live")):
         other = run(model, tokenizer, method, steps=3, **options)
         assert other.history["loss"].tolist() == pytest.approx(one.history["loss"].tolist(), rel=1e-4), options
         assert max((one.weights[k] - other.weights[k]).abs().max().item() for k in one.weights) < 1e-3, options

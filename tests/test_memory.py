@@ -35,6 +35,7 @@ def go(model, config, method="dpo", **more):
 
 @pytest.mark.parametrize("kind, method, changes", [
     ("Llama", "dpo", {}), ("Llama", "side-none-mse", dict(micro_batch=2)), ("Qwen3", "hs-none-inner", dict(layout="shared")),
+    ("Llama", "hs-none-inner", dict(layout="packed", micro_batch=4)),
     ("Qwen3", "dpo", dict(checkpointing=True, reference="live")), ("GPT2", "hs-none-inner", dict(checkpointing=True)), ("GPT2", "dpo", dict(reference="live"))])
 def test_within_fifteen_percent_of_the_tensors_of_a_run(kind, method, changes):
     model, config = build(kind), settings(**changes)

@@ -38,7 +38,7 @@ def test_accumulation_is_exact(model, tokenizer, method):
 def test_layouts_and_reference_agree(model, tokenizer):
     "Shared prompts, or a live reference, change the speed and not the numbers."
     one = run(model, tokenizer, "hs-none-inner:layers=2")
-    for options in (dict(layout="concat"), dict(layout="shared"), dict(reference="live"), dict(checkpointing=True)):
+    for options in (dict(layout="shared"), dict(layout="packed"), dict(layout="auto"), dict(reference="live"), dict(checkpointing=True)):
         other = run(model, tokenizer, "hs-none-inner:layers=2", **options)
         assert first_gradient(other) == pytest.approx(first_gradient(one), rel=1e-4), options
         assert other.history["loss"].tolist() == pytest.approx(one.history["loss"].tolist(), rel=1e-3), options

@@ -54,7 +54,7 @@ class PairBatch:
     @property
     def layout(self) -> str: return "concat" if self.ids.shape[0] == 2*self.b else "shared" if self.ids.shape[0] == self.b else "packed"
     @property
-    def longest(self) -> int: return int(self.positions.max()) + 1 # tokens that the longest answer is read behind, itself included
+    def longest(self) -> int: return int(self.positions.max()) + 1 # tokens of the longest prompt with its answer
     @property
     def device(self) -> torch.device: return self.ids.device
     @property

@@ -179,9 +179,9 @@ def remember(
 def recalled(
     plan:Plan,
 ) -> MemoryEstimate|None:
-    "The estimate of an earlier run of this kind on this model, if its rows were as long or longer and it still fits."
-    lengths, found = _known.get(plan.model, {}).get(_name(plan), ((), None))
-    longer = found is not None and all(old >= b.ids.numel() for old, b in zip(lengths, plan.worst().values()))
+    "The estimate of an earlier run of this kind on this model, if its batches were as large or larger and it still fits."
+    cells, found = _known.get(plan.model, {}).get(_name(plan), ((), None))
+    longer = found is not None and all(old >= b.ids.numel() for old, b in zip(cells, plan.worst().values()))
     return found if longer and found.fits(plan.free) else None
 
 def preflight(
