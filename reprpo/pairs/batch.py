@@ -215,7 +215,8 @@ def stack(
     "Batches one under the other."
     (height, _), width, b = batches[0].ids.shape, max(x.ids.shape[1] for x in batches), batches[0].b
     many, fills = len(batches), dict(ids=pad_id, positions=0, block=0, pair=-1)
-    wide = {name: torch.cat([torch.nn.functional.pad(getattr(x, name), (0, width - x.ids.shape[1]), value=fill) for x in batches]) for name, fill in fills.items()}
+    wider = lambda x, name, fill: torch.nn.functional.pad(getattr(x, name), (0, width - x.ids.shape[1]), value=fill)
+    wide = {name: torch.cat([wider(x, name, fill) for x in batches]) for name, fill in fills.items()}
     of_row = torch.arange(many).repeat_interleave(height)[:, None]
     wide["pair"] = torch.where(wide["pair"] >= 0, wide["pair"] + b * of_row, wide["pair"])
     owner = torch.cat([x.owner + k*b + (many - 1) * b * (x.owner >= b) for k, x in enumerate(batches)])

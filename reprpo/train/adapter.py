@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['lora_config', 'adapter_layers', 'adapter_params', 'quiet_peft', 'add_adapter', 'remove_adapter', 'adapter_config',
-           'adapter_weights', 'save_adapter', 'load_adapter', 'check_trained', 'attached', 'strengths', 'scaled']
+           'adapter_weights', 'save_adapter', 'load_adapter', 'check_trained', 'put_adapter', 'attached', 'strengths',
+           'scaled']
 
 # %% ../../nbs/08_train/02_adapter.ipynb #cell-002
 import math
@@ -137,6 +138,19 @@ def check_trained(
     if not any(p.detach().any() for n, p in model.named_parameters() if "lora_B" in n):
         raise UserError(f"every LoRA B in '{where}' is zero: this adapter was never trained, or was not loaded")
 
+def put_adapter(
+    model:nn.Module,            # the base model; **changed in place**, `remove_adapter` undoes it
+    cfg:LoraConfig|Intervention, # of the adapter
+    weights:dict[str, Tensor],  # from adapter_weights
+) -> PeftModel|Intervened:
+    "Put an adapter with these weights on the model."
+    peft = add_adapter(model, cfg)
+    result = peft.load_state_dict(weights) if isinstance(peft, Intervened) else set_peft_model_state_dict(peft, weights)
+    if result.unexpected_keys:
+        remove_adapter(peft)
+        raise UserError(f"these adapter weights do not belong to this model: {result.unexpected_keys[0]} has no place")
+    return peft.eval()
+
 @contextmanager
 def attached(
     model:nn.Module,            # the base model
@@ -144,12 +158,8 @@ def attached(
     weights:dict[str, Tensor],  # from adapter_weights
 ):
     "The model with these adapter weights on it; the base model again on exit."
-    peft = add_adapter(model, cfg)
-    try:
-        result = peft.load_state_dict(weights) if isinstance(peft, Intervened) else set_peft_model_state_dict(peft, weights)
-        if result.unexpected_keys:
-            raise UserError(f"these adapter weights do not belong to this model: {result.unexpected_keys[0]} has no place")
-        yield peft.eval()
+    peft = put_adapter(model, cfg, weights)
+    try: yield peft
     finally: remove_adapter(peft)
 
 # %% ../../nbs/08_train/02_adapter.ipynb #cell-016

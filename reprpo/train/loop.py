@@ -71,8 +71,12 @@ class RunChecks(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.seen: return
         self.seen = True
+        self.look(model, optimizer, state.global_step == 0)
+
+    def look(self, model:nn.Module, optimizer, begins:bool) -> None:
+        "What must hold before the first update."
         if optimizer is not None: check_optimised(model, optimizer)
-        if state.global_step == 0: check_gradient(model, self.label)
+        if begins: check_gradient(model, self.label)
 
     def on_step_end(self, args, state, control, **kwargs):
         every = self.config.save_every
@@ -100,6 +104,7 @@ class Balancer(TrainerCallback, ExportableState):
 class PairTrainer(Trainer):
     "The transformers Trainer on pairs: any method's loss, the reference from a cache or live, our own metrics."
     loss_is_scaled_for_ga = False # the loss is a mean over the micro-batch; the Trainer divides it by their number
+    checks = RunChecks
 
     def __init__(self,
         model:nn.Module,     # PeftModel
@@ -110,16 +115,20 @@ class PairTrainer(Trainer):
         progress:Progress|None=None,
         metrics:Path|None=None, # file for the rows of metrics
     ):
-        stream, rule = RowStream(len(feed.tokens), config.steps * config.batch_size, config.seed), balance_rule(method)
+        rule = balance_rule(method)
         self.balancer, self.coming = Balancer(rule) if rule else None, None
-        callbacks = [RunChecks(config, method.label)] + ([self.balancer] if rule else [])
-        layout = choose_layout(model, feed.tokens, config.layout, config.batch_size)[0]
-        super().__init__(model, args, PairCollator(feed.tokens, feed.pad, layout), stream, callbacks=callbacks)
+        callbacks = [self.checks(config, method.label)] + ([self.balancer] if rule else [])
+        super().__init__(model, args, *self.source(model, config, feed), callbacks=callbacks)
         for callback in (PrinterCallback, ProgressCallback): self.remove_callback(callback)
         self.method, self.config, self.feed = method, config, feed
         self.progress, self.metrics, self.history, self.clock, self.seen = progress, metrics, [], None, 0
         where = lambda i: f"row {feed.tokens[i].row} of {feed.tokens.report.label}"
         self.meter = Meter(method.label, float(method.settings.get("beta") or 1.0), where)
+
+    def source(self, model:nn.Module, config:TrainConfig, feed:Feed) -> tuple:
+        "How rows become a micro-batch, and the rows of the whole run."
+        layout = choose_layout(model, feed.tokens, config.layout, config.batch_size)[0]
+        return PairCollator(feed.tokens, feed.pad, layout), RowStream(len(feed.tokens), config.steps * config.batch_size, config.seed)
 
     @property
     def direction(self) -> int:
