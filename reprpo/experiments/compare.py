@@ -72,7 +72,7 @@ def tune(
     if not tried: return {}, {}
     jobs = plan_tuning(config, tried)
     todo = [j for j in jobs if not is_done(j.folder)]
-    failed = do_all(bench, todo, how_many(config, len(todo), bench, given), probe, methods, out/"logs", say)
+    failed = do_all(bench, todo, how_many(config, len(todo), bench, given), probe, methods, out/"logs", say, config.stack)
     done = {m: [(j.lr, j.seed, j.folder) for j in jobs if j.method == m and is_done(j.folder)] for m in tried}
     found = {m: choose(m, folders, config.score, tried[m][0]) for m, folders in done.items() if folders}
     write_json(out/"tune.json", {"grid": list(rates(config, bench.model)), "seeds": sorted({j.seed for j in jobs}), "methods": found})
@@ -108,7 +108,7 @@ def conduct(
         lrs, failed = tune(config, bench, parsed, methods, probe, say)
         lost = {m.label for m in parsed if tuned_as(m) in to_tune(config, parsed) and m.label not in lrs}
         todo = [j for j in plan_runs(config, parsed, lrs) if j.method not in lost and not is_done(j.folder)]
-        failed |= do_all(bench, todo, how_many(config, len(todo), bench, methods), probe, parsed, out/"logs", say)
+        failed |= do_all(bench, todo, how_many(config, len(todo), bench, methods), probe, parsed, out/"logs", say, config.stack)
         write_json(out/"manifest.json", manifest(config.asdict(), **told, failed=failed))
     return out
 

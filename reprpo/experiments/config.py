@@ -79,7 +79,7 @@ class RunConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 # %% ../../nbs/10_experiments/00_config.ipynb #cell-007
-FREE = ("out", "jobs", "score", "ceilings")  # keys that may change between two commands on one folder
+FREE = ("out", "jobs", "stack", "score", "ceilings")  # keys that may change between two commands on one folder
 
 @dataclass(frozen=True)
 class CompareConfig(RunConfig):
@@ -97,6 +97,7 @@ class CompareConfig(RunConfig):
     register: bool = False  # confirm: write down the plan's hash first, then use fresh seeds, and fresh keys of world sets
     ceilings: Annotated[str | None, unset("FILE", "none")] = None  # CSV with columns set, accuracy: of models tuned on the set itself
     jobs: Annotated[int | None, unset("N", "cores; 1 on a GPU")] = None  # processes, one thread each on a CPU
+    stack: Annotated[int | None, unset("N", "as many as pay")] = None  # most seeds of a method trained in one forward; 1: one by one
     out: Annotated[str, arg(metavar="DIR")] = "reprpo-compare"  # output folder; repeating the command resumes it
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def shared(config: RunConfig) -> RunConfig:
 # %% ../../nbs/10_experiments/00_config.ipynb #cell-009
 def _positive(config) -> None:
     "Refuse counts below one and scales at or below zero."
-    for k in ("micro_batch", "max_length", "eval_n", "frontier_n", "seeds", "tune_seeds", "jobs"):
+    for k in ("micro_batch", "max_length", "eval_n", "frontier_n", "seeds", "tune_seeds", "jobs", "stack"):
         v = getattr(config, k, None)
         if v is not None and v <= 0: raise UserError(f"{k} is {v}; it must be above 0")
     if any(not s > 0 for s in config.scales) or 1 not in config.scales or len(config.scales) < 3:

@@ -190,7 +190,8 @@ class StackTrainer(PairTrainer):
         "A row for each member; the mean over the members is shown."
         if "loss" not in logs: return
         now, tokens, step = time.time(), sum(m.tokens for m in self.meters), self.state.global_step
-        columns = zip((self.sums / self.steps).tolist(), self.norms.tolist(), self.lr_scheduler.get_last_lr(), self.meters)
+        rates = [logs["learning_rate"] * c.lr / self.config.lr for c in self.configs] # one schedule, each scaled
+        columns = zip((self.sums / self.steps).tolist(), self.norms.tolist(), rates, self.meters)
         rows = [dict(member=k, step=step, loss=loss, grad_norm=norm, learning_rate=lr) | meter.read() for k, (loss, norm, lr, meter) in enumerate(columns)]
         self.sums, self.steps = torch.zeros_like(self.sums), 0
         shared = {"tokens/s": tokens / (now - self.clock)} if self.clock is not None else {}
