@@ -132,6 +132,7 @@ def describe(
              f"train on {config.train}: {len(bench.train)} pairs, {len(bench.val)} for validation; {bench.config.steps} steps of {bench.config.batch_size}",
              f"judge on {', '.join(sets)}"]
     if cut: lines += [f"no set to judge on was given, so sets were cut from {cut.source} and lie in {Path(config.out)/'sets'}:", str(cut)]
+    if bench.note: lines.append(bench.note)
     if config.controls == "all": lines.append(LAYER_ZERO)
     lines += [f"warning: {k} rows of {label} are in the training pairs" for label, k in data.overlaps().items()]
     return lines + [str(t.report) for t in (bench.train, *bench.tokens) if t.report.dropped]
