@@ -8,8 +8,6 @@ __all__ = ['Job', 'plan_runs', 'plan_tuning', 'locked', 'start_worker', 'do_job'
 
 # %% ../../nbs/10_experiments/02_jobs.ipynb #cell-002
 import os
-import pickle
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from .measure import Probe
 from .prepare import Bench, prepare
 from .run import run
 from .tune import SEEDS, tune_run
-from .workers import Worker, do_here, hand_out
+from .workers import Crew, do_here
 from ..train.method import Method
 
 # %% ../../nbs/10_experiments/02_jobs.ipynb #cell-005
@@ -125,7 +123,7 @@ def follow(
 def do_all(
     bench:Bench,
     jobs:list[Job],          # those still to do
-    n:int,                   # processes
+    crew:Crew,               # worker processes, or none
     probe:Probe,
     methods:list[Method],
     log:Path,                # folder for what the runs print
@@ -134,15 +132,11 @@ def do_all(
     "Do the runs, here or in worker processes."
     todo = [j.asdict() for j in jobs]
     if not todo: return {}
-    if n == 1:
+    if not crew.workers:
         known = {m.label: m for m in methods}
         return follow(do_here(todo, lambda job: do_job(bench, job, probe, known), log/"here.txt"), jobs, say)
     bundle = dict(config=bench.config, data=bench.data, tokens=bench.token_sets, probe=probe, threads=1)
-    with tempfile.TemporaryDirectory() as tmp:
-        path = Path(tmp)/"bundle.pkl"
-        path.write_bytes(pickle.dumps(bundle))
-        workers = [Worker("reprpo.experiments.jobs:start_worker", path, log/f"worker-{i}.txt") for i in range(n)]
-        return follow(hand_out(todo, workers), jobs, say)
+    return follow(crew.do(todo, bundle), jobs, say)
 
 def how_many(
     config:CompareConfig,
