@@ -15,7 +15,7 @@ from reprpo.errors import UserError
 from reprpo.io import read_jsonl
 from reprpo.train.trainer import train
 
-OPTIONS = dict(steps=18, batch_size=8, micro_batch=4, save_every=5, log_every=4, dropout=0.1, seed=1, progress=False)
+OPTIONS = dict(steps=18, batch_size=8, micro_batch=4, save_every=5, log_every=4, dropout=0.1, seed=1, progress=False, layout="concat")  # repeats to the bit
 
 
 def slow(pi, ref):

@@ -30,7 +30,7 @@ ROWS = [dict(prompt=f"Q: {q}\nA:", chosen=good, rejected=bad) for q, good, bad i
     ("Say nothing.", " .", " I will not, and I shall tell you at length why not: the tree is green, the dog is red."),
     ("What colour is the tree?", " It is green.", " It is blue, it is red.\n\nNo: it is green."),
 )]
-CONFIG = TrainConfig(rank=4, alpha=8.0, lr=3e-3, steps=5, batch_size=4, log_every=1)
+CONFIG = TrainConfig(rank=4, alpha=8.0, lr=3e-3, steps=5, batch_size=4, log_every=1, layout="concat")  # ties at step 0 are exact a row per answer
 
 
 def trl_trainer(model, tokenizer, folder, rows=ROWS, order=None, **options):

@@ -56,7 +56,8 @@ class RunConfig:
     # variables of the chat template, such as enable_thinking=false
     template_options: Annotated[tuple[str, ...], unset("KEY=VALUE...", "the template's own")] = ()
     precision: Literal["fp32", "bf16", "fp16"] = Training.precision  # of training, fp16 on a GPU only; scores are always taken in dtype
-    layout: Literal["auto", "concat", "shared", "packed"] = Training.layout  # a row per answer, per pair, or for several; auto: the cheapest
+    # a row per answer (its repeats are bit-equal), per pair, or for several; auto: the cheapest that the model reads
+    layout: Literal["auto", "concat", "shared", "packed"] = Training.layout
     checkpointing: bool = Training.checkpointing  # less memory, more time
     save_every: Annotated[int, N] = Training.save_every  # steps between checkpoints that a killed run resumes from; 0: none
     rank: Annotated[int | None, unset("N", BY_SIZE)] = None  # LoRA rank
@@ -79,7 +80,7 @@ class RunConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 # %% ../../nbs/10_experiments/00_config.ipynb #cell-007
-FREE = ("out", "jobs", "stack", "score", "ceilings")  # keys that may change between two commands on one folder
+FREE = ("out", "jobs", "stack", "score", "ceilings", "layout")  # keys that may change between two commands on one folder
 
 @dataclass(frozen=True)
 class CompareConfig(RunConfig):

@@ -182,7 +182,7 @@ def check_shared(p:Patient) -> Finding:
     "Both answers after one copy of the prompt."
     try: gap = check_head(p.model, p.batch(layout="packed"))
     except (UserError, RuntimeError, ValueError, TypeError) as e:
-        return Finding("shared prompts", "warn", f"not with this model: {_line(e)}", "keep --layout concat, the default")
+        return Finding("shared prompts", "warn", f"not with this model: {_line(e)}", "nothing: --layout auto gives each answer a row of its own")
     return Finding("shared prompts", "ok", f"several pairs in a row give the same to {gap:.1g} nats a token")
 
 # %% ../../nbs/10_experiments/10_doctor.ipynb #cell-014

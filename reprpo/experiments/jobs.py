@@ -8,8 +8,6 @@ __all__ = ['Job', 'plan_runs', 'plan_tuning', 'locked', 'in_units', 'time_of', '
 
 # %% ../../nbs/10_experiments/02_jobs.ipynb #cell-002
 import os
-import pickle
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from .measure import Probe
 from .prepare import Bench, prepare
 from .run import is_done, run_many
 from .tune import SEEDS, tune_many
-from .workers import Worker, do_here, hand_out, one_line
+from .workers import Crew, do_here, one_line
 from ..train.config import TrainConfig as Training
 from ..train.many import apart, in_one
 from ..train.method import Method
@@ -193,7 +191,7 @@ def follow(
 def do_all(
     bench:Bench,
     jobs:list[Job],          # those still to do
-    n:int,                   # processes
+    crew:Crew,               # worker processes, or none
     probe:Probe,
     methods:list[Method],
     log:Path,                # folder for what the runs print
@@ -202,16 +200,12 @@ def do_all(
 ) -> dict[str, str]:         # run -> reason, of those that failed
     "Do the runs, here or in worker processes, those of a method several at a time."
     known = {m.label: m for m in methods}
-    units = in_units(jobs, sizes(bench, known, jobs, n, stack))
+    units = in_units(jobs, sizes(bench, known, jobs, max(1, len(crew.workers)), stack))
     todo = [{"runs": [j.asdict() for j in unit]} for unit in units]
     if not todo: return {}
-    if n == 1: return follow(do_here(todo, lambda job: do_job(bench, job, probe, known), log/"here.txt"), units, say)
+    if not crew.workers: return follow(do_here(todo, lambda job: do_job(bench, job, probe, known), log/"here.txt"), units, say)
     bundle = dict(config=bench.config, data=bench.data, tokens=bench.token_sets, probe=probe, threads=1)
-    with tempfile.TemporaryDirectory() as tmp:
-        path = Path(tmp)/"bundle.pkl"
-        path.write_bytes(pickle.dumps(bundle))
-        workers = [Worker("reprpo.experiments.jobs:start_worker", path, log/f"worker-{i}.txt") for i in range(n)]
-        return follow(hand_out(todo, workers), units, say)
+    return follow(crew.do(todo, bundle), units, say)
 
 def how_many(
     config:CompareConfig,

@@ -88,6 +88,7 @@ class Bench:
     train: TokenSet | None
     val: TokenSet | None
     tokens: tuple[TokenSet, ...]  # of the sets to judge on
+    note: str = ""                # why rows are not packed, where the model stands in the way
 
     @property
     def token_sets(self) -> dict:
@@ -130,7 +131,8 @@ def prepare(
         make = lambda pairs: pairs and tokenize_pairs(pairs, tokenizer, limit, config.on_truncate, config.max_dropped)
         tokens = dict(train=make(data.train), val=make(data.val), tokens=tuple(make(e) for e in data.evals))
     known = tokens["train"] or next(iter(tokens["tokens"]), ())
-    return Bench(replace(config, layout=choose_layout(model, known, config.layout)[0]), data, model, tokenizer, **tokens)
+    layout, note = choose_layout(model, known, config.layout)
+    return Bench(replace(config, layout=layout), data, model, tokenizer, **tokens, note=note)
 
 def look(
     bench:Bench,

@@ -76,7 +76,7 @@ def reference_states(
     reduce:str="mean",              # how an answer's tokens become one vector
     transform:Callable|None=None,   # applied before pooling, frozen
     batch_size:int=32,              # pairs in a forward
-    layout:str="concat",            # how a batch lays out its pairs: concat | shared | packed; auto: the cheapest
+    layout:str="auto",              # how a batch lays out its pairs: concat | shared | packed; auto: the cheapest that the model reads
     logps:bool=True,                # False: states only, and the forward ends at the highest site
     progress:bool=False,            # show a bar
 ) -> States:                        # of every pair in the set's order, on the CPU
@@ -162,7 +162,7 @@ class ReferenceCache:
 
     def fill(self,
         batch_size:int=32,      # pairs in a forward
-        layout:str="concat",    # how a batch lays out its pairs: concat | shared | packed; auto: the cheapest
+        layout:str="auto",      # how a batch lays out its pairs: concat | shared | packed; auto: the cheapest that the model reads
         progress:bool=True,     # show a bar
     ) -> int:                   # pairs that had to be computed: 0 when all was there
         "Compute what is missing, in one pass over the pairs, and put it on disk whole or not at all."

@@ -22,7 +22,7 @@ def score(
     model:nn.Module,       # as it stands: an adapter that is on stays on
     token_set,             # a `TokenSet`
     batch_size:int=32,     # pairs in a forward; pairs of similar length go together
-    layout:str="concat",   # how a batch lays out its pairs: concat | shared | packed; auto: the cheapest
+    layout:str="auto",     # how a batch lays out its pairs: concat | shared | packed; auto: the cheapest that the model reads
     progress:bool=False,   # show a bar
 ) -> pd.DataFrame:         # row, kind, key, logp_cho, logp_rej (sums, nats), n_cho, n_rej (tokens), in the set's order
     "Score both answers of every pair, without gradient, dropout or autocast; the model's mode is as before afterwards."

@@ -49,7 +49,7 @@ class TrainConfig(AdapterConfig):
     max_length:int|None = None      # tokens in prompt and answer; None: what the model can take
     on_truncate:str = "drop"        # what happens to pairs that are longer (pairs.tokenize)
     max_dropped:float = 0.05        # share of the pairs that may be dropped before it is an error
-    layout:Literal["auto", "concat", "shared", "packed"] = "concat" # rows: one per answer, one per pair, or several pairs; auto: the cheapest
+    layout:Literal["auto", "concat", "shared", "packed"] = "auto" # rows: one per answer, one per pair, several pairs; auto: the cheapest the model reads
     reference:Literal["auto", "cache", "live"] = "auto" # the reference's states: from disk, or by a second forward pass
     log_every:int = 10              # steps between two lines of metrics
     save_every:int = 200            # steps between two checkpoints; 0: none

@@ -270,7 +270,7 @@ def train(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(out or scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        identity = dict(method=method.label, config=content_hash(str(asked)), pairs=ready.feed.tokens.hash, model=fingerprint(model),
+        identity = dict(method=method.label, config=content_hash(str(replace(asked, layout="concat"))), pairs=ready.feed.tokens.hash, model=fingerprint(model),
                         micro_batch=config.micro_batch)
         point = resume_point(folder, identity, main)
         put_on, given = intervention(method, model, tokenizer, load_pairs(pairs), ready.feed, config.seed) if method.edit else (config, None)
