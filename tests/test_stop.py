@@ -10,9 +10,11 @@ import pytest
 import torch
 from architectures import KINDS, build, tokens
 from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reprpo.errors import UserError
 from reprpo.io import read_jsonl
+from reprpo.losses.checks import random_states, reads_logps
 from reprpo.pairs.batch import collate
 from reprpo.states.capture import blocks_of
 from reprpo.states.forward import forward_states
@@ -21,6 +23,7 @@ from reprpo.train.config import TrainConfig
 from reprpo.train.ledger import Ledger, tensors_of
 from reprpo.train.loop import PairTrainer
 from reprpo.train.memory import estimate_memory, recompute
+from reprpo.train.meter import Meter
 from reprpo.train.method import Method
 from reprpo.train.trainer import train
 
@@ -210,10 +213,44 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
 
 
 def test_what_a_loss_reads():
-    from reprpo.losses.checks import random_states, reads_logps
     pi, ref = random_states(seed=1), random_states(seed=2)
     found = {name: reads_logps(Method.parse(name).loss_fn, pi, ref) for name in ("hs-none-mse", "hs-none-mse:outer=ipo")}
     assert found == {"hs-none-mse": {"margin"}, "hs-none-mse:outer=ipo": {"loss", "outer", "margin"}}
+
+
+class Waits(TorchDispatchMode):
+    "Counts the operations for which a GPU would keep the host waiting."
+    count = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        self.count += any(name in str(f) for name in ("_local_scalar_dense", "nonzero", "equal.default", "unique", "bincount", "masked_select"))
+        return f(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", [m for m in HIDDEN + OUTER if "random" not in m])
+def test_nothing_waits_for_the_device_between_lines(method):
+    "Neither the loss nor the meter; `random` draws by what is in its batch, and must look."
+    method, pi, ref, rows = Method.parse(method), random_states(seed=1), random_states(seed=2), torch.arange(4)
+    meter = Meter("m")
+    with Waits() as seen:
+        loss, terms = method.loss_fn(pi.map(lambda x: x.requires_grad_()), ref)
+        loss.mean().backward()
+        for step in (1, 2):
+            meter.add(pi, ref, loss, terms, rows, step)
+            meter.look(pi, loss, rows, step)
+            meter.watch.compare(loss, loss, step)
+    assert seen.count == 0 and meter.read()["theta"] != 0
+
+
+def test_sites_of_several_widths_weigh_alike():
+    "All layers in a few kernels, as if they were gone through one by one."
+    wide, narrow = (random_states(h=h, sites=sites, seed=h) for h, sites in ((8, ("a", "c")), (6, ("b",))))
+    ref = replace(wide, cho=wide.cho | narrow.cho, rej=wide.rej | narrow.rej)
+    pi = replace(ref, cho={s: x + 0.1 * x.roll(1) for s, x in ref.cho.items()})
+    for name in ("inner", "mse", "prefvec", "swapped"):
+        loss = Method.parse(f"hs-none-{name}:outer=none")
+        terms = [loss.loss_fn(pi.at([s]), ref.at([s]))[1]["ratio"] for s in ref.sites]
+        torch.testing.assert_close(loss.loss_fn(pi, ref)[1]["ratio"], torch.stack(terms).mean(0))
 
 
 if __name__ == "__main__": run(tiny_model(), micro_batch=4, out=sys.argv[1])
