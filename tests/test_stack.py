@@ -77,7 +77,8 @@ def test_a_member_is_a_run_alone(kind, layout):
 
 OPTIONAL = [dict(), dict(micro_batch=2), dict(checkpointing=True), dict(precision="bf16"), dict(reference="live", layout="packed"),
             dict(clip=0.0, weight_decay=0.1), dict(layout="shared", rslora=True, targets=("q_proj", "down_proj"))]
-CASES = [("dpo", x) for x in OPTIONAL] + [("hs-none-inner:alpha=0.5", x) for x in OPTIONAL[:3]] + [("side-none-swapped", OPTIONAL[4])]
+CASES = [("dpo", x) for x in OPTIONAL] + [("hs-none-inner:alpha=0.5", x) for x in OPTIONAL[:3]]
+CASES += [("side-none-swapped", OPTIONAL[4]), ("hs-none-inner:outer=none,layers=2", {})]
 
 
 @pytest.mark.parametrize("method, options", CASES, ids=str)

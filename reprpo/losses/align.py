@@ -37,7 +37,7 @@ def para_orth_signed(g: Geometry,        # one site's pairs
 # %% ../../nbs/06_losses/05_align.ipynb #cell-007
 def directions(g: Geometry) -> tuple[Float[Tensor, "b h"], Float[Tensor, "b h"]]:
     "Difference of the two unit vectors: policy, reference."
-    unit = lambda x: x / (x.pow(2).sum(-1) + g.eps**2).sqrt()[:, None]
+    unit = lambda x: x / (x.pow(2).sum(-1) + g.eps**2).sqrt()[..., None]
     return unit(g.pi_cho) - unit(g.pi_rej), unit(g.ref_cho) - unit(g.ref_rej)
 
 

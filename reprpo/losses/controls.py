@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError
-from .geometry import Geometry, check_sites, geometry
+from .geometry import Geometry, geometries
 from .inner import ALPHA, BETA_IN, OUTER, bend, combine, site_mean
 from .margin import positive
 from ..seeds import generator
@@ -24,15 +24,15 @@ def other_pair(sites: list[Geometry],  # the batch's pairs at each site
                ref: States,            # the reference
               ) -> list[Float[Tensor, "b h"]]:
     "At each site, the direction of the pair before in the batch."
-    return [g.d.roll(1, 0) for g in sites]
+    return [g.d.roll(1, -2) for g in sites]
 
 
 def mixture(sites: list[Geometry],  # the batch's pairs at each site
             ref: States,            # the reference
            ) -> list[Float[Tensor, "b h"]]:
     "At each site, a random mixture of the other pairs' differences: their second moments, one mixture for all sites."
-    b, device = len(sites[0].d), sites[0].d.device
-    like = site_mean((g.u * g.u.roll(1, 0)).sum(-1) for g in sites)
+    b, device = sites[0].d.shape[-2], sites[0].d.device
+    like = site_mean((g.u * g.u.roll(1, -2)).sum(-1) for g in sites)
     key = [(100 * like).round().int().tolist(), (ref.n_cho + ref.n_rej).int().tolist()]
     mix = torch.randn(b, b, generator=generator(0, "mixture", key)).fill_diagonal_(0).to(device)
     return [mix @ g.d / (b - 1) ** 0.5 for g in sites]
@@ -48,8 +48,8 @@ def toward(pi: States,               # the policy
           ) -> tuple[Float[Tensor, "b"], dict[str, Float[Tensor, "b"]]]:
     "The inner loss with `pars_rat`, along given directions instead of the pairs' own."
     positive("beta_in", beta_in)
-    sites = [geometry(pi, ref, site) for site in check_sites(pi, ref)]
-    if len(sites[0].d) < 2:
+    sites = geometries(pi, ref)
+    if sites[0].d.shape[-2] < 2:
         raise UserError("this control takes its directions from other pairs of the batch, and there is one pair; raise micro_batch to 2 or more")
     def gain(g, v): return (v * (g.d_pi - g.d)).sum(-1) / (v.pow(2).sum(-1) + g.eps**2).sqrt() / g.n
     theta = site_mean(gain(g, v) for g, v in zip(sites, pick(sites, ref)))
@@ -90,7 +90,7 @@ def retain(pi: States,                   # the policy
           ) -> tuple[Float[Tensor, "b"], dict[str, Float[Tensor, "b"]]]:
     "Control: a loss on the outputs, with a price on any change of the difference of hidden states."
     if outer == "none": raise UserError("option outer=none: retain alone is at its optimum at the start and teaches nothing; name an outer loss")
-    sites = [geometry(pi, ref, site) for site in check_sites(pi, ref)]
+    sites = geometries(pi, ref)
     moved = site_mean((g.d_pi - g.d).pow(2).sum(-1) / g.n**2 for g in sites)
     terms = {"ratio": site_mean(g.ratio for g in sites), "drift": site_mean(g.drift for g in sites)}
     return combine(pi, ref, moved, terms, alpha, outer, beta)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError, unknown
 from .align import ALIGN
-from .geometry import check_sites, geometry
+from .geometry import geometries
 from .margin import margin_sum, positive
 from .output import OUTPUT
 from ..states.pool import States
@@ -71,16 +71,16 @@ def inner(pi: States,                   # the policy
     positive("beta_in", beta_in)
     if trust: positive("trust", trust)
     rows = pi if not detach_rejected else _detach_rejected(pi)
-    sites = [geometry(rows, ref, site) for site in check_sites(pi, ref)]
+    sites = geometries(rows, ref)
     theta = site_mean(ALIGN[align](g, lam) for g in sites)
     if trust: theta = trust * torch.tanh(theta / trust)
     terms = {"theta": theta, "ratio": site_mean(g.ratio for g in sites), "drift": site_mean(g.drift for g in sites)}
     return combine(pi, ref, bend(theta, outer, beta_in), terms, alpha, outer, beta)
 
 
-def site_mean(values: Iterable[Float[Tensor, "b"]]) -> Float[Tensor, "b"]:
-    "The mean over sites of one number a pair."
-    return torch.stack(list(values)).mean(0)
+def site_mean(values: Iterable[Float[Tensor, "*k b"]]) -> Float[Tensor, "b"]:
+    "The mean over sites of one number a pair; sites come singly or several in front."
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in values]).mean(0)
 
 
 def _detach_rejected(pi: States) -> States:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import unknown
-from .geometry import check_sites, geometry
+from .geometry import geometries
 from .inner import combine, site_mean
 from ..states.pool import States
 
@@ -48,7 +48,7 @@ def mse(pi: States,                       # the policy
        ) -> tuple[Float[Tensor, "b"], dict[str, Float[Tensor, "b"]]]:
     "Rejected states onto the reference's chosen ones, chosen states kept (Zou et al. 2024, the rerouting loss)."
     if distance not in DISTANCES: raise unknown("distance", distance, DISTANCES)
-    sites, bent = [geometry(pi, ref, site) for site in check_sites(pi, ref)], DISTANCES[distance]
+    sites, bent = geometries(pi, ref), DISTANCES[distance]
     reroute = site_mean(bent((g.pi_rej - g.ref_cho).pow(2).sum(-1) / g.n**2) for g in sites)
     retain = site_mean(bent((g.pi_cho - g.ref_cho).pow(2).sum(-1) / g.n**2) for g in sites)
     terms = {"reroute": reroute, "retain": retain, "ratio": site_mean(g.ratio for g in sites)}

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import UserError, unknown
-from .geometry import Geometry, check_sites, geometry
+from .geometry import Geometry, geometries
 from .inner import combine, site_mean
 from .margin import mean_logps
 from ..states.pool import States
@@ -49,7 +49,7 @@ def prefvec(pi: States,                   # the policy
     if negative := [f"{k}={w}" for k, w in weights.items() if w < 0]: raise UserError(f"option {negative[0]}: a weight must not be below 0")
     if not weights: raise UserError("every weight of prefvec is 0; give one of proj, orth, sep, angle, nll a weight, or use its outer loss")
     if form != "logsigmoid" and not proj: raise UserError(f"option form={form}: the weight of proj is 0, so its form changes nothing")
-    sites = [geometry(pi, ref, site) for site in check_sites(pi, ref)]
+    sites = geometries(pi, ref)
     each = [site_terms(g, form) for g in sites]
     terms = {k: site_mean(e[k] for e in each) for k in weights if k != "nll"}
     if nll: terms["nll"] = F.relu(mean_logps(ref)[0].detach() - mean_logps(pi)[0])

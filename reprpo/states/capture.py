@@ -7,7 +7,7 @@ __all__ = ['INPUTS', 'OUTPUTS', 'bare', 'blocks_of', 'find_sites', 'find_place',
 
 # %% ../../nbs/03_states/01_capture.ipynb #cell-002
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -127,13 +127,13 @@ def _hook(site:str, end:str, got:dict):
     def on_output(module, args, out): got.setdefault(site, out if isinstance(out, Tensor) else out[0])
     return on_input if end == "in" else on_output
 
-def _stop(*args): raise _Enough
+def _stop(): raise _Enough
 
 @contextmanager
 def capture(
     model:nn.Module,     # hooked while the block runs, untouched afterwards
     sites:Iterable[str], # from `find_sites`
-    stop:bool=False,     # end the forward after the last site
+    stop:bool|Callable=False, # end the forward after the last site; a function: call it there, and go on to `final`
 ) -> Iterator[dict[str, Float[Tensor, "r t h"]]]: # filled by the forward; the first call of each site is kept
     "Collect the states at `sites` from the forward that runs inside the block."
     _refuse_reentrant(model)
@@ -143,8 +143,9 @@ def capture(
             module, end = find_place(model, site)
             hook = _hook(site, end, got)
             handles.append(module.register_forward_hook(hook) if end == "out" else module.register_forward_pre_hook(hook, with_kwargs=True))
-        last = max((blocks_needed(site, len(blocks)) for site in sites), default=len(blocks))
-        if stop and last < len(blocks) and _can_stop(model): handles.append(blocks[last].register_forward_pre_hook(_stop))
+        beyond = stop if callable(stop) else _stop
+        last = max((blocks_needed(site, len(blocks)) for site in sites if not (callable(stop) and site == "final")), default=len(blocks))
+        if stop and last < len(blocks) and _can_stop(model): handles.append(blocks[last].register_forward_pre_hook(lambda *_: beyond()))
         yield got
     except _Enough: pass
     finally:

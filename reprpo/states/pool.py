@@ -107,10 +107,11 @@ def pool_tokens(
     owner:Integer[Tensor, "n"], # the answer each belongs to
     b:int,                      # pairs in the batch
     reduce:str="mean",          # how tokens become one vector
+    weights:Float[Tensor, "n"]|None=None, # from `token_weights`, where they are at hand
 ) -> Float[Tensor, "c h"]:      # one vector for each of the 2b answers, chosen first
     "Reduce each answer's tokens to one vector."
     if reduce == "mean_unit": x = torch.nn.functional.normalize(x, dim=-1)
-    weighted = x*token_weights(owner, b, reduce)[:, None]
+    weighted = x*(token_weights(owner, b, reduce) if weights is None else weights)[:, None]
     return torch.zeros(2*b, x.shape[-1], device=x.device).index_add(0, owner, weighted)
 
 def pool(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['base_checksum', 'check_base', 'check_optimised', 'check_gradient', 'nudge', 'term_gradients', 'gradient_norms',
            'term_means', 'state_gradients', 'classify', 'StepZero', 'projection_ratio', 'is_exact', 'step_zero',
-           'check_step_zero']
+           'check_blind', 'check_step_zero']
 
 # %% ../../nbs/08_train/04_checks.ipynb #cell-002
 import math
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..io import content_hash
+from ..losses.checks import reads_logps
 from ..models import base_name, plain_weight, quantised
 from ..seeds import generator
 from ..states.capture import blocks_of
@@ -208,6 +209,7 @@ def step_zero(
         nudge(model, size)
         with torch.no_grad(): moved = view.policy(model, batch)
         around.append(state_gradients(method, moved, ref))
+        if not method.needs_logps: check_blind(method, moved, ref)
     nudge(model, 0.0)
     model.train(training)
     rows = [dict(term=k, value=values[k], gradient=grads[k], **{"class": classify(*(a[k] for a in around))}) for k in values]
@@ -217,6 +219,16 @@ def step_zero(
     zero = StepZero(method.label, rows, theta.abs().max().item(), -F.logsigmoid(0.1 * theta).mean().item(), gap(live), gap(ref), ratio)
     check_step_zero(zero, exact)
     return zero
+
+def check_blind(
+    method,          # Method that is said to read no log-probabilities
+    pi,              # States of the policy
+    ref,             # States of the reference
+) -> None:
+    "The loss of these pairs is the same without log-probabilities."
+    if "loss" in reads_logps(method.loss_fn, pi, ref):
+        raise UserError(f"{method.label}: the loss of these pairs depends on log-probabilities, which it was said not to read; "
+                        "write needs_logps = True on the function")
 
 def check_step_zero(
     zero:StepZero,      # as measured

@@ -65,13 +65,13 @@ class View:
     transform:nn.Module|None = None  # frozen map of the states; None: as they are
     words:str = "log-probabilities only" # the layers, for people
 
-    def policy(self, model:nn.Module, batch): # PairBatch -> States
+    def policy(self, model:nn.Module, batch, logps=True): # PairBatch, as in `forward_states` -> States
         "The policy's states, with their graph."
-        return forward_states(model, batch, self.sites, self.reduce, self.transform)
+        return forward_states(model, batch, self.sites, self.reduce, self.transform, logps)
 
-    def reference(self, model:nn.Module, batch): # PairBatch -> States
+    def reference(self, model:nn.Module, batch, logps=True): # PairBatch, as in `forward_states` -> States
         "The states with the adapter off, without a graph or dropout."
-        with reference_mode(model): return forward_states(model, batch, self.sites, self.reduce, self.transform)
+        with reference_mode(model): return forward_states(model, batch, self.sites, self.reduce, self.transform, logps)
 
 @dataclass(frozen=True)
 class Feed:
@@ -85,10 +85,11 @@ class Feed:
         model:nn.Module, # with its adapter
         batch,           # PairBatch
         rows,            # its rows, on the host
+        logps=True,      # False: they are not needed
     ): # States
         "The reference's states of a batch: from the cache, or by a second forward pass with the adapter off."
         if self.cache is not None: return self.cache.batch(torch.as_tensor(rows), batch.device)
-        return self.view.reference(model, batch)
+        return self.view.reference(model, batch, bool(logps))
 
 def make_view(
     model:nn.Module, # base

@@ -34,7 +34,7 @@ from .checks import is_exact, step_zero
 from .config import TrainConfig
 from .feed import Feed, pair_order
 from .ledger import free_memory, peak_memory
-from .loop import PairTrainer, RunChecks, training_arguments
+from .loop import PairTrainer, RunChecks, is_logged, training_arguments
 from .memory import recompute
 from .meter import Meter
 from .method import Method
@@ -162,15 +162,19 @@ class StackTrainer(PairTrainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        batch = PairBatch.from_dict(inputs["batch"])
-        ref = self.feed.reference(self.accelerator.unwrap_model(model), batch, inputs["rows"])
-        pi, size, losses = self.feed.view.policy(model, batch), batch.b // self.stack.k, []
+        batch, step = PairBatch.from_dict(inputs["batch"]), self.state.global_step + 1
+        measured = not self.early or is_logged(self.config, step)
+        logps = True if not self.early else "aside" if measured else False
+        ref = self.feed.reference(self.accelerator.unwrap_model(model), batch, inputs["rows"], logps)
+        pi, size, losses = self.feed.view.policy(model, batch, logps), batch.b // self.stack.k, []
         for k, meter in enumerate(self.meters):
             mine = slice(k*size, k*size + size)
-            own, theirs = pi.index(mine), ref.index(mine)
+            own, theirs, rows, tokens = pi.index(mine), ref.index(mine), batch.rows[mine], inputs["tokens"][k]
             with torch.autocast(batch.device.type, enabled=False): per_pair, terms = self.method.loss_fn(own, theirs)
-            meter.add(own, theirs, per_pair, terms, batch.rows[mine], self.state.global_step + 1, inputs["tokens"][k])
-            self.seen[k] += inputs["tokens"][k]
+            if measured: meter.add(own, theirs, per_pair, terms, rows, step, tokens)
+            else: meter.look(own, per_pair, rows, step, tokens)
+            if measured and self.early: meter.watch.compare(self.blind(own, theirs), per_pair.detach(), step)
+            self.seen[k] += tokens
             losses.append(per_pair.mean())
         losses = torch.stack(losses)
         self.sums, self.steps = self.sums + losses.detach(), self.steps + 1

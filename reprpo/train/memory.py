@@ -117,11 +117,11 @@ def recompute(
     model:nn.Module, # with or without an adapter; changed in place
     on:bool=True,    # or off
 ) -> None:
-    "Switch gradient checkpointing, which transformers has called by two names."
+    "Switch gradient checkpointing, which transformers has called by two names; the embeddings need no gradient for ours."
     model = bare(model)
     name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
-    if on: getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
-    else: getattr(model, f"{name}_disable")()
+    getattr(model, f"{name}_{'enable' if on else 'disable'}")(**{f"{name}_kwargs": {"use_reentrant": False}} if on else {})
+    model.disable_input_require_grads()
 
 def loss_of(
     method:Method,
@@ -204,7 +204,7 @@ class Rehearsal:
     def step(self, batch:PairBatch, accumulate:bool) -> dict[str, Worst]:
         "One micro-batch: the step-zero table, and forward and backward with the optimiser in place."
         cast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.plan.config.precision)
-        apart = bool(cast) or any(isinstance(m, nn.Dropout) and m.p for m in self.model.modules())
+        apart = self.plan.early or bool(cast) or any(isinstance(m, nn.Dropout) and m.p for m in self.model.modules())
         zero = self.zero(batch) if apart else None
         ledger, model, plan, batch = self.begin(), self.model.train(), self.plan, self.empty(batch)
         with ledger, still(model):
@@ -214,7 +214,7 @@ class Rehearsal:
                 if cast: model.forward = torch.autocast(self.device.type, dtype=cast)(model.forward)
                 ref = self.view.reference(model, batch) if plan.reference == "live" else None
                 ledger.kind = "activations"
-                pi = self.view.policy(model, batch)
+                pi = self.view.policy(model, batch, "aside" if plan.early else True)
             finally: vars(model).pop("forward", None)
             loss = loss_of(plan.method, pi, ref or pi.map(lambda x: x.detach().clone()))
             forward = ledger.mark()
@@ -243,6 +243,7 @@ class Plan:
     reference:str               # store: it is stored first; stored: it is there already; live: it is a second forward
     free:int|None = None        # bytes on the device; None: as many as it takes
     dtype:torch.dtype|None=None # of the weights; None: the model's
+    early:bool = False          # does the policy's forward end at the highest site?
 
     @classmethod
     def of(cls, model, tokens, method, config, view=None, device=None, reference=None, free=None) -> "Plan": # as for estimate_memory
@@ -252,7 +253,7 @@ class Plan:
         config = replace(config, layers=method.layers or config.layers or LAYERS, steps=method.steps or config.steps, layout=layout)
         reference = reference or ("live" if config.reference == "live" or (config.reference == "auto" and config.precision != "fp32") else "store")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu") if device or home.type == "meta" else home)
-        return cls(model, method, config, view or make_view(model, method, config.layers, None), pairs, device, reference, free)
+        return cls(model, method, config, view or make_view(model, method, config.layers, None), pairs, device, reference, free, early=not method.needs_logps)
 
     def batch(self, rows:list[int]) -> PairBatch:
         "Some pairs as a batch."

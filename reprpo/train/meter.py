@@ -18,11 +18,11 @@ from ..errors import UserError
 # %% ../../nbs/08_train/05_meter.ipynb #cell-005
 def stacked(
     states,   # States
-) -> list[tuple[Tensor, Tensor]]: # (chosen, rejected), each "k b h", for each width of state
+) -> list[tuple]: # (sites, chosen, rejected), states "k b h", for each width of state
     "The states of all sites of one width as one tensor, so that a few kernels serve them all."
     by_width = defaultdict(list)
     for s in states.cho: by_width[states.cho[s].shape[-1]].append(s)
-    return [(torch.stack([states.cho[s] for s in sites]), torch.stack([states.rej[s] for s in sites])) for sites in by_width.values()]
+    return [(sites, torch.stack([states.cho[s] for s in sites]), torch.stack([states.rej[s] for s in sites])) for sites in by_width.values()]
 
 def state_metrics(
     pi,  # States of the policy
@@ -30,7 +30,7 @@ def state_metrics(
 ) -> dict[str, Float[Tensor, "b"]]:
     "Projection on the reference direction, what is orthogonal to it, and cosines; means over the sites."
     found = defaultdict(list)
-    for (pc, pr), (rc, rr) in zip(stacked(pi), stacked(ref)):
+    for (_, pc, pr), (_, rc, rr) in zip(stacked(pi), stacked(ref)):
         d, dp = rc - rr, pc - pr
         n2 = d.pow(2).sum(-1).clamp_min(torch.finfo(d.dtype).tiny)
         q = (dp * d).sum(-1) / n2
@@ -56,18 +56,29 @@ def output_metrics(
 # %% ../../nbs/08_train/05_meter.ipynb #cell-012
 class Watch:
     "Remembers, on the device, the first step and row at which a value was not finite."
-    def __init__(self): self.names, self.first, self.steep = (), None, None
+    def __init__(self): self.first, self.steep, self.blind = {}, None, None
 
     def values(self,
-        watched:dict,   # what it is -> "b": one number a pair
+        names:tuple,    # what each value is
+        values:Tensor,  # "m b": one number a pair
         rows,           # "b": index of each pair in its set, on the device
         step:int,       # of the optimiser, counted from 1
     ) -> None:
         "Look at one micro-batch."
-        bad = ~torch.isfinite(torch.stack(list(watched.values())))
-        if self.first is None: self.names, self.first = tuple(watched), torch.full((len(watched), 2), -1, dtype=torch.long, device=bad.device)
-        now = torch.stack([torch.full_like(rows[:1], step).expand(len(watched)), rows[bad.to(torch.uint8).argmax(-1)]], -1)
-        self.first = torch.where((bad.any(-1) & (self.first[:, 0] < 0))[:, None], now, self.first)
+        bad = ~torch.isfinite(values)
+        now = torch.stack([torch.full_like(rows[:1], step).expand(len(names)), rows[bad.to(torch.uint8).argmax(-1)]], -1)
+        first = self.first.get(names, torch.full_like(now, -1))
+        self.first[names] = torch.where((bad.any(-1) & (first[:, 0] < 0))[:, None], now, first)
+
+    def compare(self,
+        loss:Tensor,    # "b"
+        again:Tensor,   # "b": the same, made with log-probabilities
+        step:int,       # of the optimiser
+    ) -> None:
+        "Look whether a loss that is made without log-probabilities is none the worse for it."
+        same = torch.isclose(loss, again, rtol=1e-5, atol=0.0, equal_nan=True).all()
+        now = torch.where(same, torch.inf, float(step))
+        self.blind = now if self.blind is None else torch.minimum(self.blind, now)
 
     def gradient(self,
         norm:Tensor, # of the gradient, before clipping
@@ -82,14 +93,17 @@ class Watch:
         where=str,   # row index -> how to name it to the user
     ) -> None:
         "Stop if anything was not finite, naming the first place in the order states, log-probs, terms, loss, gradient."
-        found = [(step, i, row) for i, (step, row) in enumerate(self.first.tolist()) if step >= 0] if self.first is not None else []
-        steep = self.steep.item() if self.steep is not None else torch.inf
-        step, i, row = min(found, default=(torch.inf, 0, 0))
+        found = [(step, i, row, names[i]) for names, first in self.first.items() for i, (step, row) in enumerate(first.tolist()) if step >= 0]
+        steep, blind = (torch.inf if x is None else x.item() for x in (self.steep, self.blind))
+        step, _, row, name = min(found, default=(torch.inf, 0, 0, ""))
+        if blind < min(step, steep):
+            raise UserError(f"{label}: at step {blind:.0f} the loss depends on log-probabilities, which it was said not to read; "
+                            "write needs_logps = True on the function")
         if steep < step:
             raise UserError(f"{label}: the gradient is not finite at step {steep:.0f} though the loss is; "
                             "look for a root or a logarithm at 0 in its terms")
         if found:
-            raise UserError(f"{label}: {self.names[i]} is not finite at step {step}, {where(row)}; "
+            raise UserError(f"{label}: {name} is not finite at step {step}, {where(row)}; "
                             "lower the learning rate, or look at that row and at the term's denominators")
 
 # %% ../../nbs/08_train/05_meter.ipynb #cell-013
@@ -104,6 +118,21 @@ class Meter:
         self.names, self.sums, self.pairs, self.tokens = (), None, 0, 0
 
     @torch.no_grad()
+    def look(self,
+        pi,             # States of the policy
+        per_pair,       # "b": the loss
+        rows,           # "b": index of each pair in its set, on the device
+        step:int,       # of the optimiser, counted from 1
+        tokens:int=0,   # in the batch
+        more:dict|None=None, # what else to watch -> "b"
+    ) -> None:
+        "Watch one micro-batch, and count its tokens."
+        ends, more = stacked(pi), more or {}
+        names = (*(f"states at {s}" for sites, *_ in ends for s in sites), *more, "loss")
+        self.watch.values(names, torch.cat([*(cho.sum(-1) + rej.sum(-1) for _, cho, rej in ends), torch.stack([*more.values(), per_pair.float()])]), rows, step)
+        self.tokens += tokens
+
+    @torch.no_grad()
     def add(self,
         pi,             # States of the policy
         ref,            # States of the reference
@@ -114,23 +143,20 @@ class Meter:
         tokens:int=0,   # in the batch
     ) -> None:
         "Take in one micro-batch, without waiting for the device."
-        pi, ref = pi.detach(), ref.detach()
-        terms = {k: v.detach().float() for k, v in terms.items()}
+        terms = {k: v.float() for k, v in terms.items()}
         values = output_metrics(pi, ref, self.beta) | (state_metrics(pi, ref) if ref.cho else {})
         values |= {f"term/{k}": v for k, v in terms.items()}
         sums = torch.stack(list(values.values())).sum(-1)
         self.names, self.sums = tuple(values), sums if self.sums is None else self.sums + sums
-        self.pairs, self.tokens = self.pairs + len(per_pair), self.tokens + tokens
-        watched = {f"states at {s}": pi.cho[s].sum(-1) + pi.rej[s].sum(-1) for s in pi.cho}
-        watched |= {"log-prob of chosen": pi.logp_cho, "log-prob of rejected": pi.logp_rej}
-        watched |= {f"term '{k}'": v for k, v in terms.items()} | {"loss": per_pair.detach().float()}
-        self.watch.values(watched, rows, step)
+        self.pairs += len(per_pair)
+        more = {"log-prob of chosen": pi.logp_cho, "log-prob of rejected": pi.logp_rej} | {f"term '{k}'": v for k, v in terms.items()}
+        self.look(pi, per_pair, rows, step, tokens, more)
 
     def read(self, reduce=lambda x: x) -> dict[str, float]: # reduce: sums over processes
-        "The means since the last reading, checked to be finite; then start again."
+        "The means over the pairs measured since the last reading, all of them checked to be finite; then start again."
         self.watch.check(self.label, self.where)
-        if not self.pairs: return {}
-        total = reduce(torch.cat([self.sums, self.sums.new_tensor([self.pairs])])).tolist()
-        means = {name: value / total[-1] for name, value in zip(self.names, total)}
+        sums, pairs = self.sums, self.pairs
         self.sums, self.pairs, self.tokens, self.watch = None, 0, 0, Watch()
-        return means
+        if not pairs: return {}
+        total = reduce(torch.cat([sums, sums.new_tensor([pairs])])).tolist()
+        return {name: value / total[-1] for name, value in zip(self.names, total)}

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from typing import Literal
 
@@ -95,6 +95,16 @@ class Method:
 
     @property
     def needs_states(self) -> bool: return self.source is not None
+
+    @cached_property
+    def needs_logps(self) -> bool:
+        "Does the loss of a pair depend on log-probabilities? A function may say so itself; else the loss is tried on made-up states."
+        if not self.needs_states or not self.learns: return True
+        base = self.loss
+        while isinstance(base, partial): base = base.func
+        from reprpo.losses.checks import needs_logps
+        told = getattr(base, "needs_logps", None)
+        return needs_logps(self.loss_fn) if told is None else bool(told)
 
     @property
     def settings(self) -> dict:
@@ -273,9 +283,9 @@ def tried(
     "The loss and its gradients on made-up states."
     import torch
     from reprpo.losses.balance import weigh
-    from reprpo.losses.checks import nudged, random_states
-    found, ref = [], random_states(b=3, h=4, seed=0)
-    for pi in (random_states(b=3, h=4, seed=1), nudged(ref, 0.3, 0.3), nudged(ref, 30.0, 30.0)):
+    from reprpo.losses.checks import made_up
+    found, (policies, ref) = [], made_up()
+    for pi in policies:
         pi = pi.map(lambda x: x.clone().requires_grad_())
         leaves = [*pi.cho.values(), *pi.rej.values(), pi.logp_cho, pi.logp_rej]
         loss, terms = method.loss_fn(pi, ref)

@@ -243,7 +243,8 @@ def learn(
     if config.checkpointing: recompute(peft)
     zero = step_zero(peft, method, batch, feed.reference(peft, batch, batch.rows.cpu()), feed.view)
     bar.note(zero)
-    bar.note(f"{feed.tokens.report} · {feed.view.words} · reference {'stored' if feed.cache else 'live'}")
+    bar.note(f"{feed.tokens.report} · {feed.view.words} · reference {'stored' if feed.cache else 'live'}"
+             + ("" if method.needs_logps else " · log-probabilities at logged steps only"))
     trainer = PairTrainer(peft, training_arguments(config, folder / "checkpoints", batch.device), method, config, feed, bar, folder / "metrics.jsonl")
     trainer.train(resume_from_checkpoint=str(point) if point else None)
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False) # takes autocast off again
