@@ -43,6 +43,7 @@ from reprpo.pairs.load import load_pairs
 from reprpo.pairs.tokenize import context_length, tokenize_pairs
 from reprpo.train.adapter import adapter_weights, add_adapter, lora_config
 from reprpo.train.config import TrainConfig
+from reprpo.train.cost import measure_peak
 from reprpo.train.feed import pair_order
 from reprpo.train.trainer import train
 
@@ -96,17 +97,6 @@ def make_shape(shape: str, pairs: str, folder: Path) -> None:
         vocab_size=vocabulary, hidden_size=h, intermediate_size=3 * h, num_hidden_layers=layers, num_attention_heads=h // 32, num_key_value_heads=h // 64,
         head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=1))
     for part in (model, tokenizer): part.save_pretrained(folder)
-
-
-def matrix_peak(device: str, n: int = 1024, seconds: float = 2.0) -> float:
-    "FLOP/s of the fastest fp32 product of square matrices, now."
-    a, best, until = torch.randn(n, n, device=device), 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        start = time.perf_counter()
-        a @ a
-        if device.startswith("cuda"): torch.cuda.synchronize()
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
 
 
 def flops(model, batches: list, rank: int) -> float:
@@ -254,7 +244,7 @@ def main(o: Options) -> None:
     runs = []
     for r in range(o.rounds):
         for arm in ARMS:
-            fast = matrix_peak(size["device"])
+            fast = measure_peak(size["device"], seconds=2.0)
             runs.append(run(arm, o, work) | dict(round=r, matrix_peak=fast))
             print(f"round {r + 1} of {o.rounds} · {arm} · {size['tokens'] / runs[-1]['seconds']:.0f} tokens/s", flush=True)
     runs = pd.DataFrame(runs).drop(columns=["peak", "rise"])

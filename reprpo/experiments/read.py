@@ -96,9 +96,10 @@ def history_frame(runs:list[Run]) -> pd.DataFrame|None:
     return together([pd.DataFrame(lines).assign(method=r.method, seed=r.seed) for r, lines in told if any("loss" in row for row in lines)])
 
 def cost_frame(runs:list[Run]) -> pd.DataFrame|None:
-    "What each run cost: method, seed, lr, seconds, tokens."
+    "What each run cost: method, seed, lr, seconds, tokens, utilisation of the matrix peak."
     told = [(r, r.json("manifest.json")) for r in runs if r.method != "base"]
-    rows = [dict(method=r.method, seed=r.seed, lr=m.get("settled", {}).get("lr"), seconds=m["seconds"], tokens=m.get("tokens"))
+    rows = [dict(method=r.method, seed=r.seed, lr=m.get("settled", {}).get("lr"), seconds=m["seconds"], tokens=m.get("tokens"),
+                 utilisation=(m.get("cost") or {}).get("utilisation"))
             for r, m in told if "seconds" in m]
     return pd.DataFrame(rows) if rows else None
 

@@ -78,7 +78,7 @@ def run_many(
                 measure(model, bench, probe or Probe(), folder)
                 append_jsonl(folder/"metrics.jsonl", {"step": trained.config.steps} | validate(model, bench))
             write_yaml(folder/"config.yaml", config)
-            told = {"layers": trained.view.words, "seconds": trained.seconds, "tokens": trained.tokens}
+            told = {"layers": trained.view.words, "seconds": trained.seconds, "tokens": trained.tokens, "cost": trained.cost and trained.cost.asdict()}
             settled = vars(trained.config) | ({} if method.learns else {"lr": None, "steps": 0}) | trained.method.edit_settings
             told |= trained.memory | {"settled": settled, "step_zero": vars(trained.step_zero) if trained.step_zero else None, "data": bench.hashes}
             write_json(folder/"manifest.json", manifest(config, **told))

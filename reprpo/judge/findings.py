@@ -235,10 +235,10 @@ def sample_blocks(
 
 # %% ../../nbs/09_judge/10_findings.ipynb #cell-021
 def cost_table(
-    costs: pd.DataFrame,  # method, seed, seconds, tokens; peak_memory (bytes) if known
+    costs: pd.DataFrame,  # method, seed, seconds, tokens; peak_memory (bytes), utilisation if known
     tune: dict | None = None,  # its runs are counted too
 ) -> Table:
-    "One line per method: seconds, tokens, tokens per second, memory, runs."
+    "One line per method: seconds, tokens, tokens per second, memory, share of the matrix peak, runs."
     lines = []
     for m, r in costs.groupby("method", sort=False):
         seconds, tokens = r.seconds.astype(float), r.tokens.astype(float)
@@ -247,6 +247,8 @@ def cost_table(
                 "tokens a second": whole(tokens.sum(min_count=1) / seconds.sum())}
         if "peak_memory" in r and r.peak_memory.notna().any():
             line["peak memory, GB"] = number(float(r.peak_memory.max()) / 1e9)
+        if "utilisation" in r and r.utilisation.notna().any():
+            line["of the matrix peak"] = f"{r.utilisation.astype(float).mean():.0%}"
         tried = len(tune["methods"].get(m, {}).get("rows", [])) if tune else 0
         lines.append(line | {"runs": str(len(r)), **({"runs of tuning": str(tried)} if tune else {})})
     return Table(pd.DataFrame(lines).fillna("–"))

@@ -31,6 +31,7 @@ from ..states.forward import eval_mode, forward_states, still
 from ..states.layout import choose_layout
 from .adapter import add_adapter, put_adapter, remove_adapter
 from .checks import is_exact, step_zero
+from .cost import measured
 from .config import TrainConfig
 from .feed import Feed, pair_order
 from .ledger import free_memory, peak_memory
@@ -41,7 +42,7 @@ from .method import Method
 from .preflight import preflight
 from .progress import Progress
 from .stack import Stacked
-from .trainer import Prepared, Trained, few_logps, finish, first_batch, prepare, resume_point, settle, train
+from .trainer import Prepared, Trained, count_cost, few_logps, finish, first_batch, prepare, resume_point, settle, train
 
 # %% ../../nbs/08_train/11_many.ipynb #m-005
 TOGETHER = {"cpu": 2048, "cuda": 16384} # tokens in one forward, up to which more runs share it
@@ -228,20 +229,24 @@ def train_stack(
     folder.mkdir(parents=True, exist_ok=True)
     point, bar = resume_point(folder, identity), Progress(f"{method.label} × {len(configs)}", first.steps, progress)
     each = [first_batch(model, feed.tokens, c, feed.pad) for c in configs]
-    zero = look_first(model, method, first, ready, each[0], bar)
+    zero, cards = look_first(model, method, configs, ready, each[0], bar)
     stack = Stacked(model, first, seeds)
     try:
         if first.checkpointing: recompute(stack)
         with still(stack):
             trainer = StackTrainer(stack, training_arguments(first, folder / "checkpoints", model.device), method, configs, feed, bar, folder / "metrics.jsonl")
+            begun = time.perf_counter()
             trainer.train(resume_from_checkpoint=str(point) if point else None)
+            stepped = (time.perf_counter() - begun) / len(configs)
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        cards = [card and measured(card, model, first.precision, stepped, seen) for card, seen in zip(cards, trainer.seen)]
         members, scores = [stack.weights(k) for k in range(stack.k)], stack_logps(stack, feed, each, first.layout)
     finally:
         stack.unload()
         if first.checkpointing: recompute(model, False)
     rows, seconds = read_jsonl(folder / "metrics.jsonl"), (time.time() - start) / len(configs)
     memory = {"peak_memory": peak_memory(model.device), "memory_estimate": ready.flight.estimate and ready.flight.estimate.peak}
+    if cards[0]: bar.note(f"{cards[0].after} (a run's share of {len(cards)})")
     found = []
     for k, (config, weights, home) in enumerate(zip(configs, members, homes)):
         check_member(put_adapter(model, stack.config_of_each, weights), each[k], scores[k], f"{method.label}, seed {config.seed}")
@@ -249,19 +254,22 @@ def train_stack(
         mine = [{n: v for n, v in row.items() if n != "member"} for row in rows if row["member"] == k]
         atomic_write(home / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in mine))
         found.append(Trained(method, config, model, stack.config_of_each, weights, pd.DataFrame(mine), zero, feed.tokens.report, feed.view, seconds,
-                             trainer.seen[k], home, memory))
+                             trainer.seen[k], home, memory, cards[k]))
     return found
 
-def look_first(model:nn.Module, method:Method, config:TrainConfig, ready:Prepared, batch, bar:Progress):
-    "The step-zero table of the first member, under PEFT."
-    for text in filter(None, (ready.note, ready.flight.text)): bar.note(text)
+def look_first(model:nn.Module, method:Method, configs:list[TrainConfig], ready:Prepared, batch, bar:Progress) -> tuple:
+    "The step-zero table of the first member, under PEFT, and what each will cost."
+    config = configs[0]
     peft = add_adapter(model, config, config.seed)
     try:
-        with still(peft): zero = step_zero(peft, method, batch, ready.feed.reference(peft, batch, batch.rows.cpu()), ready.feed.view)
+        with still(peft):
+            counted = [count_cost(peft, method, c, ready) for c in configs]
+            zero = step_zero(peft, method, batch, ready.feed.reference(peft, batch, batch.rows.cpu()), ready.feed.view)
     finally: remove_adapter(peft)
+    for text in filter(None, (ready.note, ready.flight.text, counted[0][1])): bar.note(text)
     bar.note(zero)
     bar.note(f"{ready.feed.tokens.report} · {ready.feed.view.words} · reference {'stored' if ready.feed.cache else 'live'}")
-    return zero
+    return zero, [card for card, _ in counted]
 
 def stack_logps(stack:Stacked, feed:Feed, each:list, layout:str) -> list[torch.Tensor]:
     "What each member of a stack gives its own batch: log-probabilities, chosen first."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Trained', 'own_lr', 'settle', 'open_cache', 'reference_cache', 'first_batch', 'newest_checkpoint', 'keep_micro',
-           'resume_point', 'few_logps', 'finish', 'Prepared', 'prepare', 'learn', 'train']
+           'resume_point', 'few_logps', 'finish', 'Prepared', 'read_in', 'prepare', 'count_cost', 'learn', 'train']
 
 # %% ../../nbs/08_train/08_trainer.ipynb #cell-002
 import json
@@ -33,6 +33,7 @@ from .adapter import adapter_config, adapter_weights, add_adapter, attached, che
 from .checks import StepZero, base_checksum, check_base, step_zero
 from .competitors import intervention
 from .config import TrainConfig
+from .cost import CostCard, cost_card, measured
 from .feed import Feed, View, make_view, pair_order
 from .method import LAYERS, Method
 from .ledger import peak_memory
@@ -59,6 +60,7 @@ class Trained:
     tokens:int                                     # that went through the policy
     out:Path|None = None                           # where adapter/ and metrics.jsonl lie
     memory:dict = field(default_factory=dict, repr=False) # peak_memory as measured, bytes; memory_estimate, None where none was needed
+    cost:CostCard|None = field(default=None, repr=False) # counted before, measured after; None: not trained
 
     def attached(self):
         "Context manager: the model with this adapter on it; the base model again on exit."
@@ -204,6 +206,25 @@ class Prepared:
     checksum:str    # of the base weights
     flight:Preflight # what was found of its memory, and the settings with a micro-batch that fits
     note:str = ""    # about the layout, for people
+    stored:bool = False # did this run store the reference?
+
+def read_in(
+    model:nn.Module,      # base model
+    tokenizer,            # its tokenizer
+    method:Method,
+    pairs,                # anything load_pairs reads
+    config:TrainConfig,   # settled
+) -> tuple[Feed, TrainConfig, str, str]: # with a layout; is the reference stored by this run, stored already, or live; a line for people
+    "Tokenise the pairs, find the layers, and see what there is of the reference."
+    longest = config.max_length or context_length(tokenizer, model.config)
+    tokens, pad = tokenize_pairs(load_pairs(pairs), tokenizer, longest, config.on_truncate, config.max_dropped), pad_id(tokenizer)
+    layout, note = choose_layout(model, tokens, config.layout, config.batch_size)
+    config = replace(config, layout=layout)
+    pair = first_batch(model, tokens, replace(config, micro_batch=1), pad)
+    check_head(model, pair)
+    view = make_view(model, method, config.layers, pair)
+    cache = open_cache(model, tokens, view, config)
+    return Feed(tokens, pad, view, cache), config, "live" if cache is None else "store" if cache.missing() else "stored", note
 
 def prepare(
     model:nn.Module,      # base model
@@ -212,21 +233,24 @@ def prepare(
     pairs,                # anything load_pairs reads
     config:TrainConfig,   # settled
 ) -> Prepared:
-    "Tokenise the pairs, find the layers, look at the memory, and run the reference."
-    longest = config.max_length or context_length(tokenizer, model.config)
-    tokens, pad = tokenize_pairs(load_pairs(pairs), tokenizer, longest, config.on_truncate, config.max_dropped), pad_id(tokenizer)
-    layout, note = choose_layout(model, tokens, config.layout, config.batch_size)
-    config = replace(config, layout=layout)
-    pair = first_batch(model, tokens, replace(config, micro_batch=1), pad)
-    check_head(model, pair)
-    view = make_view(model, method, config.layers, pair)
-    cache, flight = open_cache(model, tokens, view, config), Preflight(config)
-    missing = cache is not None and bool(cache.missing())
-    if method.learns:
-        reference = "live" if cache is None else "store" if missing else "stored"
-        flight = preflight(model, tokens, method, config, view, reference, int(os.environ.get("WORLD_SIZE", 1)))
-    if missing: cache.fill(flight.store or max(config.batch_size, 32), config.layout, progress=False)
-    return Prepared(Feed(tokens, pad, view, cache), first_batch(model, tokens, flight.config, pad), base_checksum(model), flight, note)
+    "Read the pairs, look at the memory, and run the reference."
+    feed, config, reference, note = read_in(model, tokenizer, method, pairs, config)
+    flight = Preflight(config)
+    if method.learns: flight = preflight(model, feed.tokens, method, config, feed.view, reference, int(os.environ.get("WORLD_SIZE", 1)))
+    if reference == "store": feed.cache.fill(flight.store or max(config.batch_size, 32), config.layout, progress=False)
+    return Prepared(feed, first_batch(model, feed.tokens, flight.config, feed.pad), base_checksum(model), flight, note, reference == "store")
+
+def count_cost(
+    peft,                 # with a fresh adapter
+    method:Method,
+    config:TrainConfig,   # settled
+    ready:Prepared,
+) -> tuple[CostCard|None, str]: # and a line for people
+    "What the run will take."
+    try: card = cost_card(peft, method, config, ready.feed, ready.stored, ready.flight.estimate, int(os.environ.get("WORLD_SIZE", 1)))
+    except UserError: raise
+    except Exception as e: return None, f"cost: not counted, as {type(blocks_of(peft)[0]).__name__} can't be ({type(e).__name__})"
+    return card, card.before
 
 def learn(
     peft,                 # PeftModel with a fresh adapter, or Intervened
@@ -236,19 +260,24 @@ def learn(
     folder:Path,          # for metrics.jsonl and checkpoints/
     point:Path|None,      # checkpoint to go on from
     bar:Progress,
-) -> tuple[StepZero, PairTrainer]:
+) -> tuple[StepZero, PairTrainer, CostCard|None]:
     "Check step zero, then run the loop."
     batch, feed = ready.batch, ready.feed
-    for text in filter(None, (ready.note, ready.flight.text)): bar.note(text)
     if config.checkpointing: recompute(peft)
+    card, told = count_cost(peft, method, config, ready)
+    for text in filter(None, (ready.note, ready.flight.text, told)): bar.note(text)
     zero = step_zero(peft, method, batch, feed.reference(peft, batch, batch.rows.cpu()), feed.view)
     bar.note(zero)
     bar.note(f"{feed.tokens.report} · {feed.view.words} · reference {'stored' if feed.cache else 'live'}"
              + ("" if method.needs_logps else " · log-probabilities at logged steps only"))
     trainer = PairTrainer(peft, training_arguments(config, folder / "checkpoints", batch.device), method, config, feed, bar, folder / "metrics.jsonl")
+    start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(point) if point else None)
+    seconds = time.perf_counter() - start
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False) # takes autocast off again
-    return zero, trainer
+    if card: card = measured(card, peft, config.precision, seconds, trainer.seen)
+    if card: bar.note(card.after)
+    return zero, trainer, card
 
 # %% ../../nbs/08_train/08_trainer.ipynb #cell-014
 def train(
@@ -275,11 +304,11 @@ def train(
                         micro_batch=config.micro_batch)
         point = resume_point(folder, identity, main)
         put_on, given = intervention(method, model, tokenizer, load_pairs(pairs), ready.feed, config.seed) if method.edit else (config, None)
-        peft, zero, trainer, bar = add_adapter(model, put_on, config.seed), None, None, Progress(method.label, config.steps, progress and main)
+        peft, zero, trainer, card, bar = add_adapter(model, put_on, config.seed), None, None, None, Progress(method.label, config.steps, progress and main)
         try:
             if given: peft.load_state_dict(given)
             if method.learns:
-                with still(peft): zero, trainer = learn(peft, method, config, ready, folder, point, bar)
+                with still(peft): zero, trainer, card = learn(peft, method, config, ready, folder, point, bar)
             weights, adapter = adapter_weights(peft), adapter_config(peft)
             finish(peft, ready.batch, ready.checksum, (folder if main else Path(scratch)) / "adapter")
         finally:
@@ -289,6 +318,6 @@ def train(
         history = pd.DataFrame(read_jsonl(folder / "metrics.jsonl") if main else trainer.history if trainer else [])
         if main: shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     view = replace(ready.feed.view, words=put_on.words(len(blocks_of(model)))) if method.edit else ready.feed.view
+    memory = {"peak_memory": card.memory if card else peak_memory(model.device), "memory_estimate": ready.flight.estimate and ready.flight.estimate.peak}
     return Trained(method, config, model, adapter, weights, history, zero, ready.feed.tokens.report, view, time.time() - start,
-                   trainer.seen if trainer else 0, Path(out) if out else None,
-                   {"peak_memory": peak_memory(model.device), "memory_estimate": ready.flight.estimate and ready.flight.estimate.peak})
+                   trainer.seen if trainer else 0, Path(out) if out else None, memory, card)
