@@ -1,7 +1,7 @@
 """Scoring pairs: reprpo's `score` in each layout, one answer at a time, and padded batches with logits of every token.
 
     pip install -c constraints.txt -e '.[bench]'
-    python bench/evaluate.py --pairs math_6b_test.jsonl,n=32 --shape 256x8x32768 --threads 2
+    python bench/evaluate.py --pairs math_6b_test.jsonl,n=16 --shape 256x8x32768 --threads 2
     python bench/evaluate.py --pairs world:facts/test,n=200
 
 A shape is a random Qwen3 of that width, number of layers and vocabulary, with a tokenizer trained on the pairs.
@@ -20,6 +20,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -45,6 +46,7 @@ class Options:
     device: str = "auto"                     # "cpu", "cuda", …
     dtype: str = "float32"                   # of the weights
     threads: int = 0                         # CPU threads; 0: torch's own choice
+    clock: Literal["wall", "cpu"] = "wall"   # cpu: this process's own time, for one thread of a machine that others use too
     memory: bool = True                      # measure memory too, each arm in its own process
     out: Path = Path("files/results/evaluate.json")
     only: str = ""                           # run this arm once and print its memory (used by the script itself)
@@ -102,10 +104,10 @@ def work(o: Options):
     return model, tokenize_pairs(load_pairs(o.pairs), tokenizer, context_length(tokenizer, model.config))
 
 
-def wait(model) -> float:
+def now(model, o: Options) -> float:
     "The time, with the device idle."
     if model.device.type == "cuda": torch.cuda.synchronize()
-    return time.perf_counter()
+    return time.perf_counter() if o.clock == "wall" else time.process_time()
 
 
 def memory(arm: str, o: Options) -> dict:
@@ -148,15 +150,16 @@ def main(o: Options) -> None:
     for r in range(-1, o.rounds):
         for arm, do in ARMS.items():
             gc.collect()
-            start = wait(model)
+            start = now(model, o)
             found[arm] = do(model, tokens, o)
-            runs.append(dict(round=r, arm=arm, seconds=wait(model) - start))
+            runs.append(dict(round=r, arm=arm, seconds=now(model, o) - start))
             if r >= 0: print(f"round {r + 1} of {o.rounds} · {arm} · {len(tokens) / runs[-1]['seconds']:.1f} pairs/s", flush=True)
     gap = max(abs(a - b) for values in found.values() for a, b in zip(values, found[BASE[1]]))
     runs = pd.DataFrame([x for x in runs if x["round"] >= 0])
     used = {arm: memory(arm, o) for arm in ARMS} if o.memory else {}
     result = table(runs, len(tokens), used)
-    size = dict(pairs_scored=len(tokens), tokens=sum(len(ids) for ids, _ in answers(tokens)), largest_gap=gap, parameters=sum(p.numel() for p in model.parameters()))
+    size = dict(pairs_scored=len(tokens), tokens=sum(len(ids) for ids, _ in answers(tokens)), largest_gap=gap,
+                parameters=sum(p.numel() for p in model.parameters()))
     where = dict(device=str(model.device), cpu=platform.processor() or platform.machine(), threads=torch.get_num_threads(), load=os.getloadavg(),
                  gpu=torch.cuda.get_device_name() if model.device.type == "cuda" else None)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(asked).items()} | dict(model=asked.shape or asked.model, pairs=portable(asked.pairs))

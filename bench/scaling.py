@@ -17,6 +17,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -25,8 +26,10 @@ import pandas as pd
 import torch
 import transformers
 import tyro
-from dpo_step import clocked, portable
+from dpo_step import portable
 from memory import profiled, tokenizer
+from transformers import TrainerCallback
+from transformers.trainer import DEFAULT_CALLBACKS
 
 from reprpo.io import manifest, write_json
 from reprpo.pairs.load import load_pairs
@@ -49,6 +52,7 @@ class Options:
     width: int = 128       # of the model
     device: str = "cpu"    # "cpu" or "cuda"
     threads: int = 0       # CPU threads; 0: torch's own choice
+    clock: Literal["wall", "cpu"] = "wall" # cpu: this process's own time, for one thread of a machine that others use too
     out: Path = Path("files/results/scaling.json")
 
 
@@ -88,6 +92,28 @@ def counted(device: str):
     found.append(profiled(prof))
 
 
+def now(o: Options) -> float:
+    "The time, with the device idle."
+    if o.device == "cuda": torch.cuda.synchronize()
+    return time.perf_counter() if o.clock == "wall" else time.process_time()
+
+
+class Clock(TrainerCallback):
+    "The time at the end of every step."
+    def __init__(self, o: Options): self.o, self.ends = o, []
+
+    def on_step_end(self, args, state, control, **kwargs): self.ends.append(now(self.o))
+
+
+@contextmanager
+def clocked(o: Options):
+    "A clock that every trainer made inside the block has."
+    clock = Clock(o)
+    DEFAULT_CALLBACKS.append(clock)
+    try: yield clock
+    finally: DEFAULT_CALLBACKS.remove(clock)
+
+
 class Cell:
     "One model and its pairs, trained again and again."
     def __init__(self, c: dict, o: Options, cache: str):
@@ -99,7 +125,7 @@ class Cell:
     def run(self) -> float:
         "Seconds of a step."
         os.environ["REPRPO_CACHE"] = self.cache
-        with clocked() as clock: train(self.model, self.tokenizer, "dpo", self.pairs, self.config, progress=False)
+        with clocked(self.o) as clock: train(self.model, self.tokenizer, "dpo", self.pairs, self.config, progress=False)
         return (clock.ends[-1] - clock.ends[self.o.warm - 1]) / (self.o.steps - self.o.warm)
 
     def memory(self) -> float:
@@ -110,14 +136,14 @@ class Cell:
 
 def before_training(n: int, model, o: Options) -> dict:
     "Seconds of reading, tokenising, storing the reference, and finding it stored, for a set of n pairs."
-    given, tok, told, last = rows(n, 64), tokenizer(), {}, [time.perf_counter()]
+    given, tok, told, last = rows(n, 64), tokenizer(), {}, [now(o)]
     def lap(name):
-        now = time.perf_counter()
-        told[name], last[0] = now - last[0], now
+        at = now(o)
+        told[name], last[0] = at - last[0], at
     pairs = load_pairs(given); lap("read")
     tokens = tokenize_pairs(pairs, tok, 1024); lap("tokenise")
     with tempfile.TemporaryDirectory() as root:
-        last[0] = time.perf_counter()
+        last[0] = now(o)
         ReferenceCache(model, tokens, root=root).fill(progress=False); lap("store the reference")
         ReferenceCache(model, tokens, root=root).states(); lap("find it stored")
     return told
