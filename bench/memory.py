@@ -105,6 +105,7 @@ def one(c: dict, how: str) -> dict:
     from reprpo.pairs.load import load_pairs
     from reprpo.pairs.tokenize import tokenize_pairs
     from reprpo.train.config import TrainConfig
+    from reprpo.train.cost import matrix_peak
     from reprpo.train.ledger import Ledger, tensors_of, weight_bytes
     from reprpo.train.memory import estimate_memory
     from reprpo.train.trainer import train
@@ -126,6 +127,7 @@ def one(c: dict, how: str) -> dict:
     start = time.process_time()
     found = estimate_memory(model, tokenize_pairs(pairs, tok, 1024), c["method"], config)
     took = time.process_time() - start
+    matrix_peak() # once in a process; the profiler would count its matrices
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof, Real() as ledger:
         for x in tensors_of(model): ledger.hold(x)
         run(model)

@@ -7,6 +7,7 @@ __all__ = ['SIDES', 'measure_peak', 'matrix_peak', 'short', 'CostCard', 'short_p
 
 # %% ../../nbs/08_train/08_cost.ipynb #k-003
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
@@ -53,7 +54,9 @@ def measure_peak(
     return best
 
 @lru_cache
-def _peak(device:str, dtype:torch.dtype, threads:int) -> float: return measure_peak(device, dtype)
+def _peak(device:str, dtype:torch.dtype, threads:int) -> float:
+    "In a thread of its own, where neither autocast nor a ledger is on."
+    with ThreadPoolExecutor(1) as pool: return pool.submit(measure_peak, device, dtype).result()
 
 def matrix_peak(
     device="cpu",
