@@ -163,7 +163,7 @@ def test_compare_resumes_and_reports(capsys, home):
     argv = words("dpo", "hs-none-inner", out="both", jobs="1", eval="test.jsonl flipped:-1=other.jsonl")
     assert call(argv) == 0
     out = capsys.readouterr().out
-    assert "2 methods x 2 seeds = 4 runs" in out and out.count("elapsed") == 4 and "both/report.html" in out
+    assert "2 methods x 2 seeds = 4 runs" in out and "[4/4] hs-none-inner, seeds 0, 1" in out and out.count("elapsed") == 2 and "both/report.html" in out
     both = home / "both"
     for run in ("dpo/seed-0", "dpo/seed-1", "hs-none-inner/seed-0", "hs-none-inner/seed-1"):
         names = {p.name for p in (both / "runs" / run).iterdir()}
@@ -253,7 +253,7 @@ def test_own_loss_and_own_rows(home):
 
 
 def test_killed_and_resumed(home):
-    argv = [sys.executable, "-m", "reprpo", *words("dpo", out="killed", steps="30", seeds="3", jobs="1")]
+    argv = [sys.executable, "-m", "reprpo", *words("dpo", out="killed", steps="30", seeds="3", jobs="1", stack="1")]
     env = os.environ | {"PYTHONPATH": str(ROOT), "REPRPO_CACHE": str(home / "cache")}
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=home, env=env)
     for line in process.stdout:

@@ -46,7 +46,7 @@ def counted(model, method="dpo", layout="concat", put=None, again=False):
     view = make_view(peft, method, method.layers or "1", batch)
     found = price(peft, method, view, few)
     with still(peft.train()), FlopCounterMode(display=False) as counter:
-        pi = view.policy(peft, batch)
+        pi = view.policy(peft, batch, method.needs_logps)
         loss_of(method, pi, pi.map(lambda x: x.detach().clone())).backward()
     return sum(spent(found, fed(rows, 6, layout, found.looks), checkpointing=again).values()), counter.get_total_flops(), found
 

@@ -8,6 +8,7 @@ __all__ = ['Job', 'plan_runs', 'plan_tuning', 'locked', 'in_units', 'time_of', '
 
 # %% ../../nbs/10_experiments/02_jobs.ipynb #cell-002
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -203,9 +204,11 @@ def do_all(
     units = in_units(jobs, sizes(bench, known, jobs, max(1, len(crew.workers)), stack))
     todo = [{"runs": [j.asdict() for j in unit]} for unit in units]
     if not todo: return {}
-    if not crew.workers: return follow(do_here(todo, lambda job: do_job(bench, job, probe, known), log/"here.txt"), units, say)
     bundle = dict(config=bench.config, data=bench.data, tokens=bench.token_sets, probe=probe, threads=1)
-    return follow(crew.do(todo, bundle), units, say)
+    answers = crew.do(todo, bundle) if crew.workers else do_here(todo, lambda job: do_job(bench, job, probe, known), log/"here.txt")
+    failed = follow(answers, units, say)
+    for left in (x for folder in {j.folder.parent for j in jobs} for x in folder.glob(".stack-*")): shutil.rmtree(left)
+    return failed
 
 def how_many(
     config:CompareConfig,
