@@ -3,7 +3,8 @@
     python bench/svd.py
     python bench/svd.py --vocab 32000 --width 512 --k 128 --name 32000x512
 
-The first line takes 151,936 x 1,024 on two threads: 5 GB of memory and some minutes, most of them torch.linalg.svd's.
+The first line takes 151,936 x 1,024 on two threads: 3 GB of memory and some ten minutes,
+most of them scikit-learn's.
 Each replaces its own entry of the results file.
 
 The matrix is drawn: directions at random, singular values that fall as a power, and a mean row that is louder than all of them, as in trained heads.
@@ -145,8 +146,9 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
     by = lambda column: runs.pivot(index="round", columns="arm", values=column)
     seconds, ratio = by("seconds"), by("seconds").rdiv(by("seconds")[BASE], axis=0)
     mid = runs.groupby("arm", sort=False).median(numeric_only=True)
-    return pd.DataFrame([{"arm": a, "seconds": seconds[a].median(), "cpu seconds": mid.cpu[a], "times faster": ratio[a].median(), "least": ratio[a].min(),
-                          "most": ratio[a].max(), "GB": mid.gb[a], "sine": mid.sine[a], "projector": mid.projector[a], "values": mid["values"][a]} for a in ARMS])
+    return pd.DataFrame([{"arm": a, "seconds": seconds[a].median(), "cpu seconds": mid.cpu[a],
+                          "times faster": ratio[a].median(), "least": ratio[a].min(), "most": ratio[a].max(),
+                          "GB": mid.gb[a], "sine": mid.sine[a], "projector": mid.projector[a], "values": mid["values"][a]} for a in ARMS])
 
 
 def main(o: Options) -> None:
@@ -165,7 +167,8 @@ def main(o: Options) -> None:
     result, S = table(runs), known[0]
     gap = float((S[o.k - 1] - S[o.k]) / S[o.k - 1]) if o.k < o.width else None
     cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()).group(1) if Path("/proc/cpuinfo").exists() else platform.processor()
-    where = dict(cpu=cpu, threads=torch.get_num_threads(), load=os.getloadavg(), matrix_gb=W.nbytes / 1e9, gap=gap, spectrum=S[:: max(1, o.width // 128)].tolist())
+    spectrum = S[:: max(1, o.width // 128)].tolist()
+    where = dict(cpu=cpu, threads=torch.get_num_threads(), load=os.getloadavg(), matrix_gb=W.nbytes / 1e9, gap=gap, spectrum=spectrum)
     config = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(o).items()}
     entry = manifest(config, **where, arms=result.to_dict("records"), runs=runs.to_dict("records")) | {"command": " ".join(map(portable, sys.argv))}
     write_json(o.out, (read_json(o.out) if o.out.exists() else {}) | {o.name: entry})
