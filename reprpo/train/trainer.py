@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Trained', 'own_lr', 'settle', 'open_cache', 'reference_cache', 'first_batch', 'newest_checkpoint', 'keep_micro',
-           'resume_point', 'few_logps', 'finish', 'Prepared', 'read_in', 'prepare', 'count_cost', 'learn', 'train']
+           'resume_point', 'few_logps', 'finish', 'Prepared', 'read_in', 'prepare', 'count_cost', 'opening', 'learn',
+           'train']
 
 # %% ../../nbs/08_train/08_trainer.ipynb #cell-002
 import json
@@ -252,6 +253,24 @@ def count_cost(
     except Exception as e: return None, f"cost: not counted, as {type(blocks_of(peft)[0]).__name__} can't be ({type(e).__name__})"
     return card, card.before
 
+def opening(
+    peft,                      # with a fresh adapter
+    method:Method,
+    configs:list[TrainConfig], # settled, of the runs that begin: one, or several that will share a forward
+    ready:Prepared,
+    bar:Progress,
+) -> tuple[StepZero, list[CostCard|None]]: # of the first run; a card for each
+    "Say what begins and what it will take, and check step zero."
+    feed, batch = ready.feed, ready.batch
+    if configs[0].checkpointing: recompute(peft)
+    counted = [count_cost(peft, method, config, ready) for config in configs]
+    for text in filter(None, (ready.note, ready.flight.text, counted[0][1])): bar.note(text)
+    zero = step_zero(peft, method, batch, feed.reference(peft, batch, batch.rows.cpu()), feed.view)
+    bar.note(zero)
+    bar.note(f"{feed.tokens.report} · {feed.view.words} · reference {'stored' if feed.cache else 'live'}"
+             + ("" if method.needs_logps else " · log-probabilities at logged steps only"))
+    return zero, [card for card, _ in counted]
+
 def learn(
     peft,                 # PeftModel with a fresh adapter, or Intervened
     method:Method,
@@ -262,19 +281,10 @@ def learn(
     bar:Progress,
 ) -> tuple[StepZero, PairTrainer, CostCard|None]:
     "Check step zero, then run the loop."
-    batch, feed = ready.batch, ready.feed
-    if config.checkpointing: recompute(peft)
-    card, told = count_cost(peft, method, config, ready)
-    for text in filter(None, (ready.note, ready.flight.text, told)): bar.note(text)
-    zero = step_zero(peft, method, batch, feed.reference(peft, batch, batch.rows.cpu()), feed.view)
-    bar.note(zero)
-    bar.note(f"{feed.tokens.report} · {feed.view.words} · reference {'stored' if feed.cache else 'live'}"
-             + ("" if method.needs_logps else " · log-probabilities at logged steps only"))
-    trainer = PairTrainer(peft, training_arguments(config, folder / "checkpoints", batch.device), method, config, feed, bar, folder / "metrics.jsonl")
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(point) if point else None)
-    seconds = time.perf_counter() - start
-    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False) # takes autocast off again
+    zero, (card,) = opening(peft, method, [config], ready, bar)
+    args = training_arguments(config, folder / "checkpoints", ready.batch.device)
+    trainer = PairTrainer(peft, args, method, config, ready.feed, bar, folder / "metrics.jsonl")
+    seconds = trainer.go(point)
     if card: card = measured(card, peft, config.precision, seconds, trainer.seen)
     if card: bar.note(card.after)
     return zero, trainer, card
