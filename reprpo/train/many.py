@@ -40,8 +40,9 @@ from .meter import Meter
 from .method import Method
 from .preflight import preflight
 from .progress import Progress
+from .resume import resume_point
 from .stack import Stacked
-from .trainer import Prepared, Trained, few_logps, finish, first_batch, opening, prepare, resume_point, settle, train
+from .trainer import Prepared, Trained, few_logps, finish, first_batch, opening, prepare, settle, train
 
 # %% ../../nbs/08_train/11_many.ipynb #m-005
 TOGETHER = {"cpu": 2048, "cuda": 16384} # tokens in one forward, up to which more runs share it
