@@ -124,9 +124,8 @@ def held_out_statistics(
     for k in folds.unique():
         mine = folds == k
         mu, mean = (c[~mine] - r[~mine]).mean(0), (c[~mine] + r[~mine]).mean(0) / 2
-        side = lambda x, to: unit(x[mine]) @ unit(to)
-        lean[mine] = side(c, mu) - side(r, mu)
-        place[mine] = side(c - mean, mean) - side(r - mean, mean)
+        lean[mine] = (unit(c[mine]) - unit(r[mine])) @ unit(mu)
+        place[mine] = (unit(c[mine] - mean) - unit(r[mine] - mean)) @ unit(mean)
     return dict(projection=lean, position=place)
 
 # %% ../../nbs/04_decompose/04_statistics.ipynb #s-023
