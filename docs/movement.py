@@ -6,14 +6,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from reprpo.decompose.movement import cosines, merge, moved, summary
+from reprpo.decompose.movement import merge, moved, summary
 from reprpo.io import atomic_write, manifest, read_json, write_json
 from reprpo.judge.generate import generate
 from reprpo.judge.movement import kl_tokens
@@ -36,7 +35,7 @@ TRAIN = "world:facts/train"
 SETS = {"facts": "in_domain", "facts_cross": "transfer", "kind": "transfer", "honesty": "transfer", "flattery": "transfer", "arith": "damage", "train": "train"}
 NEUTRAL = ("world:obey_features/val", "world:arith/val")
 ROWS = 120                    # of each set: half to measure movement on, half to judge on, no key in both
-SEEDS, STEPS, BATCH = 24, 16, 8
+SEEDS, STEPS, BATCH = 16, 16, 8
 TRAINED = ("dpo", "hs-none-inner", "hs-none-prefvec", "side-none-mse")
 LADDER = (0.001, 0.002, 0.004, 0.008)       # learning rates: seed i has the (i mod 4)-th
 RATES = {"side-none-mse": tuple(8 * x for x in LADDER)} # it has no output loss, and hardly moves at the others' rates
@@ -167,8 +166,8 @@ def run_all(bench: Bench, n: int) -> None:
     name = lambda method, seed: f"{method}-{seed}"
     done = lambda method, seed: (bench.home / f"{name(method, seed)}.json").exists()
     start, total = time.time(), n * (len(TRAINED) + 2)
-    for method in (*TRAINED, "steer"):
-        for _, some in groupby(range(n), lambda i: i // 8):
+    for some in (range(i, min(i + 8, n)) for i in range(0, n, 8)):
+        for method in (*TRAINED, "steer"):
             todo = [i for i in some if not done(method, i) or (method == "dpo" and not done("random", i))]
             for seed, knob, run in train_method(bench, method, todo) if todo else ():
                 with run.attached() as model: measure(model, bench, name(method, seed), method=method, seed=seed, knob=knob, **last(run))
@@ -176,52 +175,54 @@ def run_all(bench: Bench, n: int) -> None:
                 print(f"{len(list(bench.home.glob('*.json')))} of {total} runs, {method} seed {seed}, {time.time() - start:.0f} s", flush=True)
 
 
+def directions(home: Path) -> dict[tuple[str, int], torch.Tensor]:
+    "The mean movements of every run: sets, layers, common or separating, h."
+    return {(p.stem.rpartition("-")[0], int(p.stem.rpartition("-")[2])): torch.tensor(np.load(p)) for p in sorted(home.glob("*.npy"))}
+
+
+def agreement(runs: dict[tuple[str, int], torch.Tensor]) -> pd.DataFrame:
+    "Cosines of every run's mean movement: with its own in domain, with the same method's other seeds, with dpo's of the same seed."
+    unit = {k: torch.nan_to_num(x / x.norm(dim=-1, keepdim=True)) for k, x in runs.items()}
+    whole, lines = {}, []
+    for (method, _), x in unit.items(): whole[method] = whole.get(method, 0) + x
+    count = {m: sum(k[0] == m for k in unit) for m in whole}
+    for (method, seed), x in unit.items():
+        rest, same = (whole[method] - x) / max(1, count[method] - 1), unit.get(("dpo", seed), torch.full_like(x, float("nan")))
+        found = {"self": (x * x[:1]).sum(-1), "seeds": (x * rest).sum(-1), "dpo": (x * same).sum(-1)}
+        for s, name in enumerate(SETS):
+            for layer in range(x.shape[1]):
+                lines.append(dict(method=method, seed=seed, set=name, layer=layer + 1)
+                             | {f"cos_{k}_{kind}": float(c[s, layer, i]) for k, c in found.items() for i, kind in enumerate(("common", "sep"))})
+    return pd.DataFrame(lines)
+
+
 def collect(home: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     "A line for each run, and one for each run, set and layer."
-    lines, layers = [], []
+    lines, layers, order = [], [], ["method", "seed"]
     for path in sorted(home.glob("*.json")):
         run = read_json(path)
-        who = {k: run[k] for k in ("method", "seed", "knob")}
-        gain = {s: 100 * (j["accuracy"] - j["base"]) for s, j in run["judged"].items()}
-        rise = {s: j["margin"] for s, j in run["judged"].items()}
-        lines.append(who | {k: run.get(k) for k in ("kl", "theta", "train_accuracy")} | {f"gain_{s}": g for s, g in gain.items()} | {f"margin_{s}": r for s, r in rise.items()})
+        who = {k: run[k] for k in (*order, "knob")}
+        gains = {f"gain_{s}": 100 * (j["accuracy"] - j["base"]) for s, j in run["judged"].items()}
+        margins = {f"margin_{s}": j["margin"] for s, j in run["judged"].items()}
+        lines.append(who | {k: run.get(k) for k in ("kl", "theta", "train_accuracy")} | gains | margins)
         layers += [who | r for r in run["layers"]]
-    order = ["method", "seed"]
-    return pd.DataFrame(lines).sort_values(order), pd.DataFrame(layers).drop(columns="knob").sort_values([*order, "set", "layer"])
-
-
-def agreement(home: Path, sets: list[str]) -> pd.DataFrame:
-    "Mean cosine of mean movements between runs, by method, set and layer: of the same set in other seeds and methods, and of each run with itself in domain."
-    runs = {p.stem: np.load(p) for p in sorted(home.glob("*.npy"))}
-    methods, lines = list(dict.fromkeys(k.rpartition("-")[0] for k in runs)), []
-    stacked = {m: torch.tensor(np.stack([x for k, x in runs.items() if k.rpartition("-")[0] == m])) for m in methods} # runs sets layers 2 h
-    for s, name in enumerate(sets):
-        for layer in range(next(iter(stacked.values())).shape[2]):
-            for part, kind in enumerate(("common", "separating")):
-                for i, a in enumerate(methods):
-                    x = stacked[a][:, s, layer, part]
-                    own = cosines(x, stacked[a][:, 0, layer, part]).diagonal()
-                    lines.append(dict(set=name, layer=layer + 1, part=kind, a=a, b="in domain, same run", cosine=float(own.nanmean()), pairs=len(x)))
-                    for b in methods[i:]:
-                        c = cosines(x, stacked[b][:, s, layer, part])
-                        if a == b: c = c[~torch.eye(len(c), dtype=bool)]
-                        lines.append(dict(set=name, layer=layer + 1, part=kind, a=a, b=b, cosine=float(c.nanmean()), pairs=c.numel()))
-    return pd.DataFrame(lines)
+    found = pd.DataFrame(layers).drop(columns="knob").merge(agreement(directions(home)), on=[*order, "set", "layer"])
+    return pd.DataFrame(lines).sort_values(order), found.sort_values([*order, "set", "layer"])
 
 
 def main(home: Path, n: int = SEEDS) -> None:
     "Run, collect, keep."
     home.mkdir(parents=True, exist_ok=True)
-    start = time.time()
+    start = time.process_time()
     run_all(prepare(home), n)
     runs, layers = collect(home)
     out = ROOT / "files/results"
     atomic_write(out / "movement.csv", runs.round(5).to_csv(index=False))
     layers.astype({c: "float32" for c in layers.select_dtypes("float64")}).to_parquet(out / "movement.parquet", index=False)
-    atomic_write(out / "movement_cosines.csv", agreement(home, list(SETS)).round(3).to_csv(index=False))
-    config = dict(train=TRAIN, sets=SETS, rows=ROWS, steps=STEPS, batch_size=BATCH, seeds=n, methods=[*TRAINED, "steer", "random"], rates={m: RATES.get(m, LADDER) for m in TRAINED},
+    rates = {m: RATES.get(m, LADDER) for m in TRAINED}
+    config = dict(train=TRAIN, sets=SETS, rows=ROWS, steps=STEPS, batch_size=BATCH, seeds=n, methods=[*TRAINED, "steer", "random"], rates=rates,
                   strengths=STRENGTHS, subspace=f"1/{SHARE} of h", neutral=NEUTRAL)
-    write_json(out / "movement.json", manifest(config, command=COMMAND, seconds=round(time.time() - start, 1)))
+    write_json(out / "movement.json", manifest(config, command=COMMAND, cpu_seconds_of_the_last_call=round(time.process_time() - start, 1)))
     print(runs.groupby(["method", "knob"])[["kl", "gain_facts", "gain_kind", "gain_honesty", "margin_facts"]].mean().round(3).to_string())
 
 
