@@ -160,6 +160,13 @@ def test_transforms_and_losses_know_only_tensors():
     none_of(wrong, "transforms and losses see tensors, not models or batches:")
 
 
+def test_decompositions_know_only_tensors():
+    allowed = {"reprpo.errors", "reprpo.io", "reprpo.seeds", "reprpo.plots"}
+    wrong = [f"{module} imports {other}" for module, others in GRAPH.items() if section(module) == "decompose"
+             for other in others if section(other) != "decompose" and other not in allowed]
+    none_of(wrong, "decompositions see tensors, not models or batches:")
+
+
 @pytest.mark.parametrize("module", ["reprpo", "reprpo.cli", "reprpo.commands", "reprpo.experiments.config", "reprpo.pairs.spec"])
 def test_light_modules_load_nothing_heavy(module):
     done = run("-c", f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'pandas', 'matplotlib'}} & set(sys.modules)))")
