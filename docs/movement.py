@@ -25,6 +25,7 @@ from reprpo.states.cache import pad_id, reference_states
 from reprpo.states.capture import blocks_of
 from reprpo.states.forward import eval_mode, forward_states
 from reprpo.states.pool import States
+from reprpo.states.weights import head_weights
 from reprpo.train.adapter import attached, scaled
 from reprpo.train.many import train_many
 from reprpo.train.trainer import Trained, train
@@ -76,8 +77,7 @@ def read_set(model, tokenizer, name: str, sites: list[str]) -> Set:
 
 def head_basis(model) -> torch.Tensor:
     "The first right singular vectors of the output head with the final norm's gain folded in."
-    gain = model.base_model.norm.weight.detach().double()
-    w = model.get_output_embeddings().weight.detach().double() * gain
+    w = head_weights(model).double()
     return torch.linalg.eigh(w.T @ w).eigenvectors.flip(1)[:, : w.shape[1] // SHARE].float()
 
 
