@@ -218,7 +218,8 @@ def main(home: Path, n: int = SEEDS) -> None:
     runs, layers = collect(home)
     out = ROOT / "files/results"
     atomic_write(out / "movement.csv", runs.round(5).to_csv(index=False))
-    layers.astype({c: "float32" for c in layers.select_dtypes("float64")}).to_parquet(out / "movement.parquet", index=False)
+    kept = layers[[c for c in layers if not c.startswith(("rank90", "inside_null"))]]
+    kept.round(4).astype({c: "float32" for c in kept.select_dtypes("float64")}).to_parquet(out / "movement.parquet", index=False, compression="zstd")
     rates = {m: RATES.get(m, LADDER) for m in TRAINED}
     config = dict(train=TRAIN, sets=SETS, rows=ROWS, steps=STEPS, batch_size=BATCH, seeds=n, methods=[*TRAINED, "steer", "random"], rates=rates,
                   strengths=STRENGTHS, subspace=f"1/{SHARE} of h", neutral=NEUTRAL)

@@ -26,9 +26,9 @@ def group_ranks(
     for group in dict.fromkeys(groups):
         mine = torch.tensor([g == group for g in groups])
         v = x[mine]
-        rank = (v[:, None] > v).sum(1) + ((v[:, None] == v).sum(1) - 1) / 2
+        rank = (v[:, None] > v).double().sum(1) + (v[:, None] == v).double().sum(1) / 2
         rank = rank - rank.mean()
-        found[mine] = rank / rank.square().mean().sqrt() if bool((v != v[0]).any()) else torch.zeros_like(rank)
+        if bool((v != v[0]).any()): found[mine] = rank / rank.square().mean().sqrt()
     return found
 
 
