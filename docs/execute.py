@@ -16,7 +16,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from prepare import directives
 
 ROOT = Path(__file__).parent.parent
-TAKES = re.compile(r"\bpage_(model|tokenizer|pairs|run|setting)\(")
+TAKES = re.compile(r"\bpage_(model|tokenizer|pairs|run|setting|activations)\(")
 WORLD = re.compile(r"runs on the embedded world only", re.IGNORECASE)
 QUIET = ["--log-level=40"]  # newer kernels warn of every start
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from .nulls import TAILS, Spread, p_value, permutation_test, spread
+from .nulls import TAILS, Clusters, Spread, p_value, permutation_test, spread
 from ..errors import UserError, unknown
 from ..plots import COLORS, style
 
@@ -81,7 +81,8 @@ def hypothesis(
     if options.get("batched"): one = lambda a, b: stat(a[None] if mode == "swap" else a, b[None])[0]
     else: one = stat
     sure = spread(one, x, y, groups=groups)
-    of = {"shuffle": "shuffled", "swap": "answers exchanged", "shift": "shifted"}[mode] + ("" if groups is None or mode == "swap" else " within kinds")
+    within = mode != "swap" and bool(Clusters.make(groups, len(y)).kind.any())
+    of = {"shuffle": "shuffled", "swap": "answers exchanged", "shift": "shifted"}[mode] + within*" within kinds"
     p = max(found.p, t_p_value(sure, float(found.null.mean()), alternative, least)) if least else found.p
     return Hypothesis(claim, statistic, found.stat, *sure.interval(), found.null, p, found.n, alternative, least, of)
 

@@ -9,9 +9,11 @@ __all__ = ['LOGPS', 'pad_id', 'reference_states', 'cache_key', 'ReferenceFiles',
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -42,6 +44,21 @@ def _save(path:Path, tensors:dict[str, Tensor], metadata:dict[str, str]) -> None
         Path(tmp).unlink(missing_ok=True)
         raise
 
+def _grow(path:Path, tensors:dict[str, Tensor], n:int, metadata:dict[str, str]) -> dict[str, Tensor]:
+    "A safetensors file at `path` with n rows for each tensor, as fp32 tensors that write into it."
+    shapes = {name: (n, *x.shape[1:]) for name, x in tensors.items()}
+    header, at = {"__metadata__": metadata}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + 4*int(np.prod(shape))]}
+        at = header[name]["data_offsets"][1]
+    text = json.dumps(header).encode()
+    text += b" "*(-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.truncate(8 + len(text) + at)
+    mapped = lambda name, shape: np.memmap(path, np.float32, "r+", 8 + len(text) + header[name]["data_offsets"][0], shape)
+    return {name: torch.from_numpy(mapped(name, shape)) for name, shape in shapes.items()}
+
 def _load(path:Path, key:str, n:int) -> tuple[dict[str, Tensor], dict[str, str]]|None:
     "Memory-mapped tensors and metadata of one of our files; None if it is missing, cut short, or of another key or length."
     try:
@@ -69,6 +86,10 @@ def _check_finite(name:str, x:Tensor) -> None:
     if len(bad): raise UserError(f"the reference gives a non-finite value at {name}, row {bad[0].item()} of the token set; "
                                  "score it in float32, or drop the row")
 
+def _in_memory(part:States, n:int) -> States:
+    "Room for n pairs like those of `part`."
+    return part.map(lambda x: torch.empty(n, *x.shape[1:]))
+
 def reference_states(
     model:nn.Module,                # its adapter, if any, is off meanwhile
     token_set,                      # a `TokenSet`
@@ -79,6 +100,7 @@ def reference_states(
     layout:str="auto",              # how a batch lays out its pairs: concat | shared | packed; auto: the cheapest that the model reads
     logps:bool=True,                # False: states only, and the forward ends at the highest site
     progress:bool=False,            # show a bar
+    room:Callable=_in_memory,       # (first batch's States, pairs) -> States to fill
 ) -> States:                        # of every pair in the set's order, on the CPU
     "The reference's states of a whole token set."
     n, device, whole = len(token_set), bare(model).device, None
@@ -86,7 +108,7 @@ def reference_states(
     with reference_mode(model), torch.autocast(device.type, enabled=False):
         for batch in tqdm(todo, total=-(-n//batch_size), desc="reference", disable=not progress, leave=False):
             part = forward_states(model, batch.to(device), sites, reduce, transform, logps).to("cpu")
-            if whole is None: whole = part.map(lambda x: torch.empty(n, *x.shape[1:]))
+            if whole is None: whole = room(part, n)
             _put(whole, batch.rows, part)
     for site in whole.sites: _check_finite(f"{site} (chosen)", whole.cho[site]), _check_finite(f"{site} (rejected)", whole.rej[site])
     for name in LOGPS if logps else (): _check_finite(name, getattr(whole, name))
@@ -124,6 +146,27 @@ class ReferenceFiles:
     def write(self, name:str, tensors:dict[str, Tensor], **metadata:str) -> None:
         "Put one file in place, whole."
         _save(self.folder/f"{name}.safetensors", tensors, {"key": self.folder.name, **metadata})
+
+    @contextmanager
+    def growing(self) -> Iterator[Callable[[States, int], States]]:
+        "Room on disk for `reference_states`: a file for each site, put in place when the block ends well, gone when it does not."
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files: dict[str, Path] = {}
+        def room(part:States, n:int) -> States:
+            whole = _in_memory(part.at([]), n)
+            for site in part.sites:
+                fd, name = tempfile.mkstemp(dir=self.folder, prefix=f".{site}.")
+                os.close(fd)
+                files[site] = Path(name)
+                mapped = _grow(files[site], {"cho": part.cho[site], "rej": part.rej[site]}, n, {"key": self.folder.name, "site": site})
+                whole.cho[site], whole.rej[site] = mapped["cho"], mapped["rej"]
+            return whole
+        try:
+            yield room
+            for site, path in files.items(): os.replace(path, self.folder/f"{site}.safetensors")
+        except BaseException:
+            for path in files.values(): path.unlink(missing_ok=True)
+            raise
 
     @property
     def sites(self) -> list[str]|None:
@@ -169,8 +212,8 @@ class ReferenceCache:
         missing = self.missing()
         if not missing: return 0
         todo, logps = [s for s in self.asked if s in missing], "logps" in missing
-        whole = reference_states(self.model, self.token_set, todo, self.reduce, self.transform, batch_size, layout, logps, progress)
-        for site in whole.sites: self.files.write(site, {"cho": whole.cho[site], "rej": whole.rej[site]}, site=site)
+        with self.files.growing() as room:
+            whole = reference_states(self.model, self.token_set, todo, self.reduce, self.transform, batch_size, layout, logps, progress, room)
         if logps: self.files.write("logps", {name: getattr(whole, name) for name in LOGPS}, sites=json.dumps(whole.sites))
         self._resident.clear()
         return len(self)
