@@ -1,6 +1,8 @@
 """The runs behind the pages on what training moved: train what is missing, measure it, and keep a line for each run.
 
     python docs/movement.py [FOLDER] [SEEDS]    runs in FOLDER (reprpo-movement), which resumes; results in files/results
+
+Ten minutes of one core.
 """
 import sys
 import time
@@ -12,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from reprpo.decompose.movement import merge, moved, summary
+from reprpo.decompose.movement import LEAST, merge, moved, summary
 from reprpo.io import atomic_write, manifest, read_json, write_json
 from reprpo.judge.generate import generate
 from reprpo.judge.movement import kl_tokens
@@ -181,18 +183,16 @@ def directions(home: Path) -> dict[tuple[str, int], torch.Tensor]:
 
 
 def agreement(runs: dict[tuple[str, int], torch.Tensor]) -> pd.DataFrame:
-    "Cosines of every run's mean movement: with its own in domain, with the same method's other seeds, with dpo's of the same seed."
-    unit = {k: torch.nan_to_num(x / x.norm(dim=-1, keepdim=True)) for k, x in runs.items()}
+    "Cosines of every run's mean common movement: with its own in domain, with the same method's other seeds, with dpo's of the same seed."
+    unit = {k: torch.nan_to_num(x[:, :, 0] / x[:, :, 0].norm(dim=-1, keepdim=True)) for k, x in runs.items()}
     whole, lines = {}, []
     for (method, _), x in unit.items(): whole[method] = whole.get(method, 0) + x
     count = {m: sum(k[0] == m for k in unit) for m in whole}
     for (method, seed), x in unit.items():
         rest, same = (whole[method] - x) / max(1, count[method] - 1), unit.get(("dpo", seed), torch.full_like(x, float("nan")))
         found = {"self": (x * x[:1]).sum(-1), "seeds": (x * rest).sum(-1), "dpo": (x * same).sum(-1)}
-        for s, name in enumerate(SETS):
-            for layer in range(x.shape[1]):
-                lines.append(dict(method=method, seed=seed, set=name, layer=layer + 1)
-                             | {f"cos_{k}_{kind}": float(c[s, layer, i]) for k, c in found.items() for i, kind in enumerate(("common", "sep"))})
+        lines += [dict(method=method, seed=seed, set=name, layer=layer + 1) | {f"cos_{k}": float(c[s, layer]) for k, c in found.items()}
+                  for s, name in enumerate(SETS) for layer in range(x.shape[1])]
     return pd.DataFrame(lines)
 
 
@@ -207,23 +207,23 @@ def collect(home: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         lines.append(who | {k: run.get(k) for k in ("kl", "theta", "train_accuracy")} | gains | margins)
         layers += [who | r for r in run["layers"]]
     found = pd.DataFrame(layers).drop(columns="knob").merge(agreement(directions(home)), on=[*order, "set", "layer"])
+    found.loc[found["size"] <= LEAST, [c for c in found if c.startswith("cos_")]] = np.nan
     return pd.DataFrame(lines).sort_values(order), found.sort_values([*order, "set", "layer"])
 
 
 def main(home: Path, n: int = SEEDS) -> None:
     "Run, collect, keep."
     home.mkdir(parents=True, exist_ok=True)
-    start = time.process_time()
     run_all(prepare(home), n)
     runs, layers = collect(home)
     out = ROOT / "files/results"
     atomic_write(out / "movement.csv", runs.round(5).to_csv(index=False))
-    kept = layers[[c for c in layers if not c.startswith(("rank90", "inside_null"))]]
+    kept = layers[[c for c in layers if not (c.startswith(("rank90", "rank_null")) or c in ("inside_null", "inside_rej"))]]
     kept.round(4).astype({c: "float32" for c in kept.select_dtypes("float64")}).to_parquet(out / "movement.parquet", index=False, compression="zstd")
     rates = {m: RATES.get(m, LADDER) for m in TRAINED}
     config = dict(train=TRAIN, sets=SETS, rows=ROWS, steps=STEPS, batch_size=BATCH, seeds=n, methods=[*TRAINED, "steer", "random"], rates=rates,
                   strengths=STRENGTHS, subspace=f"1/{SHARE} of h", neutral=NEUTRAL)
-    write_json(out / "movement.json", manifest(config, command=COMMAND, cpu_seconds_of_the_last_call=round(time.process_time() - start, 1)))
+    write_json(out / "movement.json", manifest(config, command=COMMAND))
     print(runs.groupby(["method", "knob"])[["kl", "gain_facts", "gain_kind", "gain_honesty", "margin_facts"]].mean().round(3).to_string())
 
 
