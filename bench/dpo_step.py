@@ -114,18 +114,23 @@ def flops(model, batches: list, rank: int) -> float:
     return total
 
 
-class Clock(TrainerCallback):
-    "The same clock for both trainers: the time at the end of every step, with the device idle."
-    def __init__(self): self.ends = []
+def now(device: str | torch.device, clock: str = "wall") -> float:
+    "The time with the device idle: by the wall's clock, or of this process's own (cpu)."
+    if torch.device(device).type == "cuda": torch.cuda.synchronize()
+    return time.perf_counter() if clock == "wall" else time.process_time()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if torch.cuda.is_available(): torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
+
+class Clock(TrainerCallback):
+    "The time at the end of every step, the same for both libraries' trainers."
+    def __init__(self, read): self.read, self.ends = read, []
+
+    def on_step_end(self, args, state, control, **kwargs): self.ends.append(self.read())
 
 
 @contextmanager
-def clocked():
-    clock = Clock()
+def clocked(read):
+    "A clock, read by this function, that every trainer made inside the block has."
+    clock = Clock(read)
     DEFAULT_CALLBACKS.append(clock)
     try: yield clock
     finally: DEFAULT_CALLBACKS.remove(clock)
@@ -161,7 +166,7 @@ def run(arm: str, o: Options, work) -> dict:
     model, tokenizer = load_model(o.model, device=o.device)
     rows = [dict(prompt=p.prompt, chosen=p.chosen, rejected=p.rejected) for p in pairs]
     before, began = memory_now(model.device), time.perf_counter()
-    with clocked() as clock, tempfile.TemporaryDirectory() as cache:
+    with clocked(lambda: now(model.device)) as clock, tempfile.TemporaryDirectory() as cache:
         os.environ["REPRPO_CACHE"] = cache
         if arm.startswith("TRL"): loss = run_trl(model, tokenizer, rows, order, start, o, o.config(), **ARMS[arm])
         else: loss = train(model, tokenizer, "dpo:beta=0.1", pairs, o.config(**ARMS[arm]), progress=False).history["loss"].iloc[-1]

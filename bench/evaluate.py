@@ -17,7 +17,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -26,7 +25,7 @@ import pandas as pd
 import torch
 import transformers
 import tyro
-from dpo_step import make_shape, memory_now, memory_peak, portable
+from dpo_step import make_shape, memory_now, memory_peak, now, portable
 
 from reprpo.io import manifest, write_json
 from reprpo.models import load_model
@@ -104,12 +103,6 @@ def work(o: Options):
     return model, tokenize_pairs(load_pairs(o.pairs), tokenizer, context_length(tokenizer, model.config))
 
 
-def now(model, o: Options) -> float:
-    "The time, with the device idle."
-    if model.device.type == "cuda": torch.cuda.synchronize()
-    return time.perf_counter() if o.clock == "wall" else time.process_time()
-
-
 def memory(arm: str, o: Options) -> dict:
     "Peak memory of an arm in a process of its own, and how far above the loaded model that is."
     flags = [f"--{f.name.replace('_', '-')}={getattr(o, f.name)}" for f in fields(o) if f.name not in ("only", "memory", "shape")]
@@ -150,9 +143,9 @@ def main(o: Options) -> None:
     for r in range(-1, o.rounds):
         for arm, do in ARMS.items():
             gc.collect()
-            start = now(model, o)
+            start = now(model.device, o.clock)
             found[arm] = do(model, tokens, o)
-            runs.append(dict(round=r, arm=arm, seconds=now(model, o) - start))
+            runs.append(dict(round=r, arm=arm, seconds=now(model.device, o.clock) - start))
             if r >= 0: print(f"round {r + 1} of {o.rounds} · {arm} · {len(tokens) / runs[-1]['seconds']:.1f} pairs/s", flush=True)
     gap = max(abs(a - b) for values in found.values() for a, b in zip(values, found[BASE[1]]))
     runs = pd.DataFrame([x for x in runs if x["round"] >= 0])

@@ -16,8 +16,6 @@ import os
 import platform
 import sys
 import tempfile
-import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -28,9 +26,7 @@ import pandas as pd
 import torch
 import transformers
 import tyro
-from dpo_step import make_shape, portable
-from transformers import TrainerCallback
-from transformers.trainer import DEFAULT_CALLBACKS
+from dpo_step import clocked, make_shape, now, portable
 
 from reprpo.io import manifest, read_json, write_json
 from reprpo.models import decoder_blocks, load_model
@@ -69,23 +65,6 @@ class Options:
                            layout=self.layout, reference="cache", save_every=0)
 
 
-class Clock(TrainerCallback):
-    "The time at the end of every step: of the process on a CPU, of the clock on a GPU."
-    def __init__(self, device): self.ends, self.gpu = [], device.type == "cuda"
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.gpu: torch.cuda.synchronize()
-        self.ends.append(time.perf_counter() if self.gpu else time.process_time())
-
-
-@contextmanager
-def clocked(device):
-    clock = Clock(device)
-    DEFAULT_CALLBACKS.append(clock)
-    try: yield clock
-    finally: DEFAULT_CALLBACKS.remove(clock)
-
-
 def read(arm: str) -> Method:
     "A method; `WHOLE` behind its name has it run as if it read log-probabilities."
     method = Method.parse(arm.removesuffix(WHOLE))
@@ -101,7 +80,8 @@ def read(arm: str) -> Method:
 def run(arm: str, o: Options, pairs) -> dict:
     "One run of one arm on a fresh model: seconds of a step."
     model, tokenizer = load_model(o.model, device=o.device)
-    with clocked(model.device) as clock: trained = train(model, tokenizer, read(arm), pairs, o.config(), progress=False)
+    timed = "wall" if model.device.type == "cuda" else "cpu"
+    with clocked(lambda: now(model.device, timed)) as clock: trained = train(model, tokenizer, read(arm), pairs, o.config(), progress=False)
     n = len(decoder_blocks(model))
     blocks = n if read(arm).needs_logps else max(blocks_needed(site, n) for site in trained.view.sites)
     found = dict(arm=arm, seconds=(clock.ends[-2] - clock.ends[o.warm - 1]) / (o.steps - 1 - o.warm), sites=len(trained.view.sites), blocks=blocks, of=n)

@@ -26,10 +26,8 @@ import pandas as pd
 import torch
 import transformers
 import tyro
-from dpo_step import portable
+from dpo_step import clocked, now, portable
 from memory import profiled, tokenizer
-from transformers import TrainerCallback
-from transformers.trainer import DEFAULT_CALLBACKS
 
 from reprpo.io import manifest, write_json
 from reprpo.pairs.load import load_pairs
@@ -54,6 +52,8 @@ class Options:
     threads: int = 0       # CPU threads; 0: torch's own choice
     clock: Literal["wall", "cpu"] = "wall" # cpu: this process's own time, for one thread of a machine that others use too
     out: Path = Path("files/results/scaling.json")
+
+    def now(self) -> float: return now(self.device, self.clock)
 
 
 def cells() -> list[dict]:
@@ -92,28 +92,6 @@ def counted(device: str):
     found.append(profiled(prof))
 
 
-def now(o: Options) -> float:
-    "The time, with the device idle."
-    if o.device == "cuda": torch.cuda.synchronize()
-    return time.perf_counter() if o.clock == "wall" else time.process_time()
-
-
-class Clock(TrainerCallback):
-    "The time at the end of every step."
-    def __init__(self, o: Options): self.o, self.ends = o, []
-
-    def on_step_end(self, args, state, control, **kwargs): self.ends.append(now(self.o))
-
-
-@contextmanager
-def clocked(o: Options):
-    "A clock that every trainer made inside the block has."
-    clock = Clock(o)
-    DEFAULT_CALLBACKS.append(clock)
-    try: yield clock
-    finally: DEFAULT_CALLBACKS.remove(clock)
-
-
 class Cell:
     "One model and its pairs, trained again and again."
     def __init__(self, c: dict, o: Options, cache: str):
@@ -125,7 +103,7 @@ class Cell:
     def run(self) -> float:
         "Seconds of a step."
         os.environ["REPRPO_CACHE"] = self.cache
-        with clocked(self.o) as clock: train(self.model, self.tokenizer, "dpo", self.pairs, self.config, progress=False)
+        with clocked(self.o.now) as clock: train(self.model, self.tokenizer, "dpo", self.pairs, self.config, progress=False)
         return (clock.ends[-1] - clock.ends[self.o.warm - 1]) / (self.o.steps - self.o.warm)
 
     def memory(self) -> float:
@@ -136,14 +114,14 @@ class Cell:
 
 def before_training(n: int, model, o: Options) -> dict:
     "Seconds of reading, tokenising, storing the reference, and finding it stored, for a set of n pairs."
-    given, tok, told, last = rows(n, 64), tokenizer(), {}, [now(o)]
+    given, tok, told, last = rows(n, 64), tokenizer(), {}, [o.now()]
     def lap(name):
-        at = now(o)
+        at = o.now()
         told[name], last[0] = at - last[0], at
     pairs = load_pairs(given); lap("read")
     tokens = tokenize_pairs(pairs, tok, 1024); lap("tokenise")
     with tempfile.TemporaryDirectory() as root:
-        last[0] = now(o)
+        last[0] = o.now()
         ReferenceCache(model, tokens, root=root).fill(progress=False); lap("store the reference")
         ReferenceCache(model, tokens, root=root).states(); lap("find it stored")
     return told

@@ -17,7 +17,8 @@ from reprpo.train.ledger import Ledger, tensors_of
 from reprpo.train.memory import Plan, estimate_memory, rehearsal, worst_rows
 from reprpo.train.method import Method
 from reprpo.train.preflight import fit_micro_batch, largest, preflight, refusal, store_pairs
-from reprpo.train.trainer import keep_micro, train
+from reprpo.train.resume import keep_micro
+from reprpo.train.trainer import train
 
 ROWS = 24
 

@@ -1,15 +1,12 @@
 """A run that is killed goes on where it was, to exactly the same adapter and the same metrics."""
-import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tiny import slow, start, tiny_model, tiny_rows, tiny_tokenizer
 
 from reprpo.errors import UserError
 from reprpo.io import read_jsonl
@@ -18,25 +15,9 @@ from reprpo.train.trainer import train
 OPTIONS = dict(steps=18, batch_size=8, micro_batch=4, save_every=5, log_every=4, dropout=0.1, seed=1, progress=False, layout="concat")  # repeats to the bit
 
 
-def slow(pi, ref):
-    "DPO that takes its time, so that a kill falls between two steps."
-    time.sleep(float(os.environ.get("SLOW", 0)))
-    loss = -torch.nn.functional.logsigmoid(0.1 * ((pi.logp_cho - pi.logp_rej) - (ref.logp_cho - ref.logp_rej)))
-    return loss, {"dpo": loss}
-
-
-slow.needs_states = False
-
-
 def metrics(out):
     "What was logged, without the clock."
     return [{k: v for k, v in row.items() if k != "tokens/s"} for row in read_jsonl(out / "metrics.jsonl")]
-
-
-def start(out, pause):
-    "The same run in a process of its own."
-    env = os.environ | {"SLOW": str(pause), "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}
-    return subprocess.Popen([sys.executable, __file__, str(out)], env=env)
 
 
 @pytest.mark.timeout(240)
@@ -45,7 +26,7 @@ def test_kill_and_resume(tmp_path, monkeypatch):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     train(model, tokenizer, slow, tiny_rows(), out=tmp_path / "whole", **OPTIONS)
     out = tmp_path / "killed"
-    child = start(out, 0.1)
+    child = start(__file__, out, 0.1)
     while not (out / "checkpoints/checkpoint-5/complete").exists():
         assert child.poll() is None
         time.sleep(0.02)
@@ -54,7 +35,7 @@ def test_kill_and_resume(tmp_path, monkeypatch):
     assert not (out / "adapter").exists()
     (out / "checkpoints/checkpoint-15").mkdir()                  # one that was cut short
     with pytest.raises(UserError, match="checkpoints of another run"): train(model, tokenizer, slow, tiny_rows(), out=out, **OPTIONS | dict(seed=2))
-    assert start(out, 0).wait() == 0
+    assert start(__file__, out, 0).wait() == 0
     a, b = (load_file(o / "adapter/adapter_model.safetensors") for o in (tmp_path / "whole", out))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert metrics(out) == metrics(tmp_path / "whole")

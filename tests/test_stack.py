@@ -1,7 +1,5 @@
 """Runs that share a forward: each one's outputs, gradients, training and files are those of the run alone, on eight architectures."""
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from architectures import KINDS, build
-from tiny import tiny_model, tiny_rows, tiny_tokenizer
+from tiny import slow, start, tiny_model, tiny_rows, tiny_tokenizer
 
 from reprpo.errors import UserError
 from reprpo.experiments.compare import compare
@@ -48,6 +46,11 @@ def grads_of(peft) -> torch.Tensor:
     return torch.cat([(p.grad.T if "lora_B" in n else p.grad).flatten() for n, p in adapter_params(peft).items()])
 
 
+def untouched(model) -> bool:
+    "Does the model keep its activations, and its embeddings' outputs as they are?"
+    return not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) and not model.get_input_embeddings()._forward_hooks
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_member_is_a_run_alone(kind, layout):
@@ -56,6 +59,7 @@ def test_a_member_is_a_run_alone(kind, layout):
     stack = Stacked(model, AdapterConfig(rank=3), SEEDS)
     for name, w in stack._views().items():
         if "lora_B" in name: w.copy_(0.1 * torch.randn(w.shape, generator=torch.Generator().manual_seed(1)))
+    assert [p.data_ptr() for p in stack.params] == [w.data_ptr() for w in stack._views().values()]
     s = forward_states(stack, collate_stack([[few[i] for i in r] for r in rows], rows, 0, layout), [site])
     worth(s, site).backward()
     whole, weights, cfg = stack.gather(), [stack.weights(k) for k in range(3)], stack.config_of_each
@@ -88,6 +92,7 @@ def test_many_runs_train_as_each_alone(method, options):
     checksum = base_checksum(model)
     together = train_many(model, tokenizer, method, rows, seeds=[3, 9], lrs=[1e-3, 3e-3], stack=2, **options)
     assert base_checksum(model) == checksum
+    assert untouched(model)
     near = 3e-2 if options.get("precision") else 2e-4
     for run, seed, lr in zip(together, [3, 9], [1e-3, 3e-3]):
         alone = train(model, tokenizer, method, rows, seed=seed, lr=lr, **options)
@@ -113,6 +118,16 @@ def test_what_cannot_be_shared_is_done_alone():
     assert all(torch.equal(w, again.weights[n]) for n, w in two.weights.items()) and one.config.seed == 0
 
 
+def test_a_stack_that_fails_leaves_the_model_as_it_was():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    checksum, modules, use_cache = base_checksum(model), [type(m) for m in model.modules()], model.config.use_cache
+    assert use_cache
+    options = dict(seeds=[0, 1], lrs=[1e-3, 1e30], steps=6, batch_size=4, checkpointing=True, progress=False)
+    with pytest.raises(UserError, match="seed 1, lr 1e.30"): train_many(model, tokenizer, "dpo", tiny_rows(24), **options)
+    assert base_checksum(model) == checksum and [type(m) for m in model.modules()] == modules and model.config.use_cache == use_cache
+    assert untouched(model)
+
+
 def test_a_layer_that_gets_other_rows_is_refused():
     model = tiny_model()
     stack = Stacked(model, AdapterConfig(rank=2), [0, 1])
@@ -120,21 +135,7 @@ def test_a_layer_that_gets_other_rows_is_refused():
     stack.unload()
 
 
-def slow(pi, ref):
-    "DPO that takes its time, so that a kill falls between two steps."
-    time.sleep(float(os.environ.get("SLOW", 0)))
-    loss = -torch.nn.functional.logsigmoid(0.1 * ((pi.logp_cho - pi.logp_rej) - (ref.logp_cho - ref.logp_rej)))
-    return loss, {"dpo": loss}
-
-
-slow.needs_states = False
 OPTIONS = dict(steps=18, batch_size=8, micro_batch=4, save_every=5, log_every=4, seeds=[1, 2], stack=2, progress=False)
-
-
-def go(out, pause):
-    "A stack in a process of its own."
-    env = os.environ | {"SLOW": str(pause), "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}
-    return subprocess.Popen([sys.executable, __file__, str(out)], env=env)
 
 
 def homes(out): return [out / "a", out / "b"]
@@ -144,14 +145,14 @@ def homes(out): return [out / "a", out / "b"]
 def test_a_killed_stack_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("REPRPO_CACHE", str(tmp_path / "cache"))
     whole = train_many(tiny_model(), tiny_tokenizer(), slow, tiny_rows(), homes=homes(tmp_path / "whole"), **OPTIONS)
-    child, out = go(tmp_path / "killed", 0.05), tmp_path / "killed"
+    child, out = start(__file__, tmp_path / "killed", 0.05), tmp_path / "killed"
     while not list(out.glob(".stack-*/checkpoints/checkpoint-5/complete")):
         assert child.poll() is None
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not any((home / "adapter").exists() for home in homes(out))
-    assert go(out, 0).wait() == 0
+    assert start(__file__, out, 0).wait() == 0
     clean = lambda home: [{k: v for k, v in row.items() if k != "tokens/s"} for row in read_jsonl(home / "metrics.jsonl")]
     for run, home in zip(whole, homes(out)):
         assert clean(home) == clean(run.out)
@@ -162,7 +163,9 @@ def test_a_killed_stack_goes_on(tmp_path, monkeypatch):
 def test_a_comparison_in_stacks(tmp_path):
     options = dict(eval="world:facts/test,n=12", eval_n=12, steps=2, seeds=2, lrs=(1e-4, 1e-3), tune_seeds=1, frontier=False, coherence=False, jobs=1)
     both = {stack: compare("dpo", train="world:facts/train,n=60", out=tmp_path / str(stack), stack=stack, say=lambda text: None, **options) for stack in (1, 2)}
-    for path in sorted((tmp_path / "1/runs").glob("*/*/scores.parquet")):
+    scored = sorted((tmp_path / "1/runs").glob("*/*/scores.parquet"))
+    assert scored
+    for path in scored:
         one, other = pd.read_parquet(path), pd.read_parquet(tmp_path / "2" / path.relative_to(tmp_path / "1"))
         np.testing.assert_allclose(one.logp_cho, other.logp_cho, atol=1e-3)
     told = [read_json(p)["tokens"] for p in sorted(tmp_path.glob("*/runs/dpo/seed-0/manifest.json"))]
@@ -174,6 +177,7 @@ def test_a_rate_that_breaks_costs_itself_only(tmp_path):
     found = compare("dpo", train="world:facts/train,n=60", out=tmp_path / "out", stack=4, say=(said := []).append, **options)
     assert sorted(found.failed) == ["tuning dpo, lr 1e+30, seed 0", "tuning dpo, lr 1e+30, seed 1"]
     assert "lr 1e+30" in str(found.failed) and any("2 FAILED" in line for line in said)
+    assert any("tuning dpo, 4 runs: done one by one, as together they failed: dpo, seed" in line for line in said)
     assert read_json(tmp_path / "out/tune.json")["methods"]["dpo"]["chosen"] == 1e-4
 
 

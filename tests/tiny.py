@@ -1,5 +1,10 @@
 """A random Llama of a few kilobytes with a byte tokenizer, and pairs for it: enough to test mechanisms, nothing to learn from."""
+import os
 import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,3 +37,19 @@ def tiny_rows(n: int = 24, seed: int = 0) -> list[dict]:
         a, b = r.sample(["red", "green", "blue", "dark brown"], 2)
         rows.append(dict(prompt=f"Q: What colour is the {r.choice(['cat', 'dog', 'sky', 'tree'])} {i}?\nA:", chosen=f" It is {a}.", rejected=f" It is {b}."))
     return rows
+
+
+def slow(pi, ref):
+    "DPO that takes its time, so that a kill falls between two steps."
+    time.sleep(float(os.environ.get("SLOW", 0)))
+    loss = -torch.nn.functional.logsigmoid(0.1 * ((pi.logp_cho - pi.logp_rej) - (ref.logp_cho - ref.logp_rej)))
+    return loss, {"dpo": loss}
+
+
+slow.needs_states = False
+
+
+def start(script, out, pause: float) -> subprocess.Popen:
+    "A test file as a script, in a process of its own: what its last line trains, `slow` by so many seconds a loss."
+    env = os.environ | {"SLOW": str(pause), "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}
+    return subprocess.Popen([sys.executable, script, str(out)], env=env)

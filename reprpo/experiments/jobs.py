@@ -127,16 +127,17 @@ def do_job(
     job:dict,               # {"runs": what Job.asdict gives of each}
     probe:Probe,            # what every run is asked
     methods:dict|None=None, # label -> Method, for losses that are not strings
-) -> dict:                  # seconds; folder -> reason, of those that failed
+) -> dict:                  # seconds; folder -> reason, of those that failed; why they were done one by one, if they were
     "Runs of one method in one forward, with their time; where that fails, each by itself."
-    start, runs, failed = time.perf_counter(), [r for r in job["runs"] if not is_done(r["folder"])], {}
+    start, runs, failed, why = time.perf_counter(), [r for r in job["runs"] if not is_done(r["folder"])], {}, ""
     try: do_runs(bench, runs, probe, methods or {})
-    except Exception:
+    except Exception as error:
         if len(job["runs"]) == 1: raise
+        why = one_line(error)
         for run in (r for r in runs if not is_done(r["folder"])):
             try: do_runs(bench, [run], probe, methods or {})
             except Exception as e: failed[run["folder"]] = one_line(e)
-    return {"seconds": time.perf_counter() - start, "failed": failed}
+    return {"seconds": time.perf_counter() - start, "failed": failed, "parted": why}
 
 def do_runs(
     bench:Bench,
@@ -184,6 +185,7 @@ def follow(
         failed |= {str(j): lost[str(j.folder)] for j in unit if str(j.folder) in lost}
         done += len(unit)
         left = spent / done * (n - done)
+        if answer.get("parted"): say(f"{named(unit)}: done one by one, as together they failed: {answer['parted']}")
         what = f"{answer['seconds']:.0f} s" if answer["ok"] else f"FAILED: {answer['error']}"
         if answer["ok"] and lost: what += f", {len(lost)} FAILED: {next(iter(lost.values()))}"
         say(f"[{done}/{n}] {named(unit)}: {what}; {clock(spent)} elapsed, about {clock(left)} left")

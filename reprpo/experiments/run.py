@@ -58,7 +58,7 @@ def train_members(
     homes, settings = [partial_of(out) for *_, out in members], Training.of(bench.config, **changes)
     seeds, knobs = [seed + REPEAT * method.repeat for seed, *_ in members], [lr for _, lr, _ in members]
     common = bench.model, bench.tokenizer
-    if method.knob == "lr": return train_many(*common, method, bench.data.train, settings, seeds, [lr or settings.lr for lr in knobs], homes, progress=show)
+    if method.knob == "lr": return train_many(*common, method, bench.data.train, settings, seeds, knobs, homes, progress=show)
     turned = [method.turned(value)[0] for value in knobs]
     return [train(*common, m, bench.data.train, replace(settings, seed=s), home, show) for m, s, home in zip(turned, seeds, homes)]
 

@@ -160,14 +160,34 @@ class PairTrainer(Trainer):
         if self.direction < 0: pi, ref = pi.swap(), ref.swap()
         with torch.autocast(batch.device.type, enabled=False): return pi, ref, *self.method.loss_fn(pi, ref), batch
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def logps_at(self,
+        step:int, # counted from 1
+    ) -> bool|str: # as in `forward_states`
+        "Log-probabilities as a step needs them; where the loss reads none, they are made aside for a line of the log."
+        if not self.early: return True
+        return "aside" if is_logged(self.config, step) else False
+
+    def take_in(self,
+        meter:Meter,
+        pi,         # States of the policy
+        ref,        # States of the reference
+        per_pair:torch.Tensor, # "b"
+        terms:dict, # as the method's loss gives them
+        rows,       # of the data
+        logps,      # as `logps_at` says
+        tokens:int, # in these rows
+    ) -> None:
+        "Measure a micro-batch for the next line of the log; without log-probabilities, only watch it."
         step = self.state.global_step + 1
-        measured = not self.early or is_logged(self.config, step)
-        pi, ref, per_pair, terms, batch = self.losses(model, inputs, True if not self.early else "aside" if measured else False)
+        if logps: meter.add(pi, ref, per_pair, terms, rows, step, tokens)
+        else: meter.look(pi, per_pair, rows, step, tokens)
+        if logps == "aside": meter.watch.compare(self.blind(pi, ref), per_pair.detach(), step)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logps = self.logps_at(self.state.global_step + 1)
+        pi, ref, per_pair, terms, batch = self.losses(model, inputs, logps)
         if self.balancer and self.balancer.rule.strategy != "fixed": per_pair = weigh(terms, self.balancer.now.weight)
-        if measured: self.meter.add(pi, ref, per_pair, terms, batch.rows, step, inputs["tokens"])
-        else: self.meter.look(pi, per_pair, batch.rows, step, inputs["tokens"])
-        if measured and self.early: self.meter.watch.compare(self.blind(pi, ref), per_pair.detach(), step)
+        self.take_in(self.meter, pi, ref, per_pair, terms, batch.rows, logps, inputs["tokens"])
         self.seen += inputs["tokens"]
         loss = per_pair.mean()
         return loss + 0 * (pi.logp_cho + pi.logp_rej).mean() if self.tied else loss
@@ -180,6 +200,16 @@ class PairTrainer(Trainer):
         "The loss as it is made at the steps that end early."
         nobody = torch.full_like(pi.logp_cho, torch.nan)
         return self.method.loss_fn(replace(pi, logp_cho=nobody, logp_rej=nobody), ref)[0]
+
+    def go(self,
+        point:Path|None, # checkpoint to go on from
+    ) -> float:          # seconds that it took
+        "Run the loop, and take off again what autocast has put around the model."
+        start = time.perf_counter()
+        self.train(resume_from_checkpoint=str(point) if point else None)
+        seconds = time.perf_counter() - start
+        self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        return seconds
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self.coming, items = super().get_batch_samples(epoch_iterator, num_batches, device)

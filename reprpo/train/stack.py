@@ -80,6 +80,12 @@ def _stored(name:str, w:Tensor) -> Tensor:
     "PEFT's matrix as it lies in a stack, and the way back."
     return w.mT if ".lora_B." in name else w
 
+def _home(name:str) -> tuple[str, str]:
+    "A weight's layer, and which of its two matrices it is."
+    path, which, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
+    return path, which
+
+# %% ../../nbs/08_train/02_stack.ipynb #s-207
 class Stacked(nn.Module):
     "A frozen causal LM with k LoRA adapters side by side. **The model is changed in place**; `unload` gives it back as it was."
     def __init__(self,
@@ -95,6 +101,7 @@ class Stacked(nn.Module):
         self.rows, views = [nn.Parameter(row) for row in self.flat], self._views()
         self.layers = {path: StackedLinear(model.get_submodule(path), *(views[f"base_model.model.{path}.lora_{end}.weight"] for end in "AB"), scale)
                        for path, scale in scales.items()}
+        self.params = [getattr(self.layers[path], which) for path, which in map(_home, self.shapes)] # in the order of a row
         for path, layer in self.layers.items(): self._put(path, layer)
 
     def __getattr__(self, name):
@@ -117,10 +124,9 @@ class Stacked(nn.Module):
 
     def gather(self) -> Float[Tensor, "k n"]:
         "Hand each member's gradient to its row, a view of what is returned; the weights' own are given up."
-        weights = [p for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)]
-        whole = torch.cat([torch.zeros_like(p).flatten(1) if p.grad is None else p.grad.flatten(1) for p in weights], 1)
+        whole = torch.cat([torch.zeros_like(p).flatten(1) if p.grad is None else p.grad.flatten(1) for p in self.params], 1)
         for row, grad in zip(self.rows, whole): row.grad = grad
-        for p in weights: p.grad = None
+        for p in self.params: p.grad = None
         return whole
 
     def weights(self,
@@ -141,7 +147,7 @@ class Stacked(nn.Module):
     def unload(self) -> nn.Module:
         "Take everything off and give the base model back."
         for path, layer in self.layers.items(): self._put(path, layer.base_layer)
-        self.layers = {}
+        self.layers, self.params = {}, []
         return self.edited_model.eval()
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
