@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from reprpo.decompose.movement import LEAST, merge, moved, summary
+from reprpo.decompose.unembed import row_space
 from reprpo.io import atomic_write, manifest, read_json, write_json
 from reprpo.judge.generate import generate
 from reprpo.judge.movement import kl_tokens
@@ -79,8 +80,8 @@ def read_set(model, tokenizer, name: str, sites: list[str]) -> Set:
 
 def head_basis(model) -> torch.Tensor:
     "The first right singular vectors of the output head with the final norm's gain folded in."
-    w = head_weights(model).double()
-    return torch.linalg.eigh(w.T @ w).eigenvectors.flip(1)[:, : w.shape[1] // SHARE].float()
+    w = head_weights(model)
+    return row_space(w).keep(k=w.shape[1] // SHARE).basis.T.float()
 
 
 def prepare(home: Path) -> Bench:

@@ -41,11 +41,11 @@ class Hypothesis:
     @property
     def verdict(self) -> str:
         "holds, refuted or unsupported."
-        if (self.p if self.q is None else self.q) < ALPHA: return "holds"
-        middle, far = float(self.null.mean()), abs(self.least)
-        low, high = middle - far < self.lo, self.hi < middle + far
-        refuted = {"greater": high, "less": low, "two-sided": far > 0 and low and high}
-        return "refuted" if refuted[self.alternative] else "unsupported"
+        low, high = self.null.mean() - abs(self.least), self.null.mean() + abs(self.least)
+        beyond = {"greater": self.lo > high, "less": self.hi < low, "two-sided": self.lo > high or self.hi < low}[self.alternative]
+        short = {"greater": self.hi < high, "less": self.lo > low, "two-sided": low < self.lo and self.hi < high}[self.alternative]
+        if beyond and (self.p if self.q is None else self.q) < ALPHA: return "holds"
+        return "refuted" if short else "unsupported"
 
     @property
     def reach(self) -> tuple[float, ...]:
