@@ -19,7 +19,7 @@ from .tokenize import context_length
 
 # %% ../../nbs/02_pairs/07_pages.ipynb #cell-005
 def page_setting(
-    name:str,     # MODEL, PAIRS or DEVICE
+    name:str,     # MODEL, PAIRS, SHIFTS or DEVICE
     default:str,  # without the variable
 ) -> str:
     "What a variable says, or the default where it is not set or empty."
