@@ -3,7 +3,7 @@
     python bench/svd.py
     python bench/svd.py --vocab 32000 --width 512 --k 128 --name 32000x512
 
-The first line takes 151,936 x 1,024 on two threads: 3 GB of memory and some ten minutes,
+The first line takes 151,936 x 1,024 on two threads: 3 GB of memory and some four minutes,
 most of them scikit-learn's.
 Each replaces its own entry of the results file.
 
