@@ -185,7 +185,7 @@ def directions(home: Path) -> dict[tuple[str, int], torch.Tensor]:
 
 def agreement(runs: dict[tuple[str, int], torch.Tensor]) -> pd.DataFrame:
     "Cosines of every run's mean common movement: with its own in domain, with the same method's other seeds, with dpo's of the same seed."
-    unit = {k: torch.nan_to_num(x[:, :, 0] / x[:, :, 0].norm(dim=-1, keepdim=True)) for k, x in runs.items()}
+    unit = {k: torch.nn.functional.normalize(x[:, :, 0], dim=-1) for k, x in runs.items()}
     whole, lines = {}, []
     for (method, _), x in unit.items(): whole[method] = whole.get(method, 0) + x
     count = {m: sum(k[0] == m for k in unit) for m in whole}
