@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Loss', 'random_states', 'rotated', 'nudged', 'gradient', 'StepZero', 'step_zero', 'nudge_losses', 'is_signed',
-           'made_up', 'reads_logps', 'needs_logps']
+           'descend', 'made_up', 'reads_logps', 'needs_logps']
 
 # %% ../../nbs/06_losses/01_checks.ipynb #cell-002
 from collections.abc import Callable, Sequence
@@ -32,7 +32,10 @@ def random_states(b: int = 4,                               # pairs
     cho, rej = ({s: common[s] + torch.randn(b, h, generator=g) for s in sites} for _ in range(2))
     n_cho, n_rej = (torch.randint(5, 20, (b,), generator=g).float() for _ in range(2))
     logp_cho, logp_rej = (-n * (1 + torch.rand(b, generator=g)) for n in (n_cho, n_rej))
-    return States(cho=cho, rej=rej, logp_cho=logp_cho, logp_rej=logp_rej, n_cho=n_cho, n_rej=n_rej)
+    def more(): # of a model that is its own reference: nothing has moved
+        named = {"wpo": -torch.rand(b, generator=g), "entropy": torch.rand(b, generator=g)}
+        return named | {f"moved.{s}": torch.zeros(b) for s in sites} | {f"gradient.{s}": torch.randn(b, h, generator=g) for s in sites}
+    return States(cho=cho, rej=rej, logp_cho=logp_cho, logp_rej=logp_rej, n_cho=n_cho, n_rej=n_rej, more_cho=more(), more_rej=more())
 
 
 def rotated(states: States, seed: int = 0) -> States:
@@ -50,8 +53,9 @@ def nudged(ref: States,          # where the policy starts
            logp: float = 0.0,    # add this many nats to every chosen token
           ) -> States:
     "A policy one small step from its reference, in the direction that should please a loss."
-    cho = {s: ref.cho[s] + hidden * (ref.cho[s] - ref.rej[s]) for s in ref.cho}
-    return replace(ref, cho=cho, logp_cho=ref.logp_cho + logp * ref.n_cho)
+    step = {s: hidden * (ref.cho[s] - ref.rej[s]) for s in ref.cho}
+    moved = {f"moved.{s}": x.norm(dim=-1) for s, x in step.items() if f"moved.{s}" in ref.more_cho}
+    return replace(ref, cho={s: ref.cho[s] + x for s, x in step.items()}, logp_cho=ref.logp_cho + logp * ref.n_cho, more_cho=ref.more_cho | moved)
 
 # %% ../../nbs/06_losses/01_checks.ipynb #cell-007
 def gradient(loss: Loss,           # (policy, reference) -> per pair, terms
@@ -116,11 +120,33 @@ def is_signed(loss: Loss, ref: States, by: float = 0.1, wrt: str = "hidden") -> 
     back, here, forward = nudge_losses(loss, ref, by, wrt)
     return bool(((forward < here) & (here < back)).all())
 
+# %% ../../nbs/06_losses/01_checks.ipynb #cell-d12
+def descend(loss: Loss,           # (policy, reference) -> per pair, terms
+            ref: States,          # where the policy starts
+            steps: int = 100,
+            rate: float = 0.05,   # of a step, in squared reference separations a unit of loss
+           ) -> list[States]:     # the policy before the first step and after each
+    "Gradient descent on the states themselves."
+    size = {s: (ref.cho[s] - ref.rej[s]).pow(2).sum(-1, keepdim=True) for s in ref.cho}
+    path = [ref]
+    for _ in range(steps):
+        leaf = lambda side: {s: x.detach().clone().requires_grad_() for s, x in side.items()}
+        pi = replace(path[-1], cho=leaf(path[-1].cho), rej=leaf(path[-1].rej))
+        value = loss(pi, ref)[0].sum()
+        leaves = [*pi.cho.values(), *pi.rej.values()]
+        grads = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
+        moved = [x.detach() if g is None else x.detach() - rate * size[s] * g for x, g, s in zip(leaves, grads, [*pi.cho, *pi.rej])]
+        k = len(pi.cho)
+        path.append(replace(pi, cho=dict(zip(pi.cho, moved[:k])), rej=dict(zip(pi.rej, moved[k:]))))
+    return path
+
 # %% ../../nbs/06_losses/01_checks.ipynb #cell-643291
 def made_up() -> tuple[tuple[States, ...], States]: # policies near and far from a reference, and that
     "Small states to try a loss on."
     ref = random_states(b=3, h=4, seed=0)
-    return (random_states(b=3, h=4, seed=1), nudged(ref, 0.3, 0.3), nudged(ref, 30.0, 30.0)), ref
+    other = random_states(b=3, h=4, seed=1)
+    moved = {f"moved.{s}": (other.rej[s] - ref.rej[s]).norm(dim=-1) for s in other.sites}
+    return (replace(other, more_rej=other.more_rej | moved), nudged(ref, 0.3, 0.3), nudged(ref, 30.0, 30.0)), ref
 
 
 def reads_logps(loss: Loss,    # (policy, reference) -> per pair, terms
