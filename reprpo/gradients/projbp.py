@@ -36,8 +36,8 @@ def bend(grad: Float[Tensor, "n h"],     # of the loss, on a layer's outputs at 
          owner: Integer[Tensor, "n"],    # the answer each token belongs to: i chosen, b+i rejected
          u: Float[Tensor, "b h"],        # each pair's direction, from `unit`
          *,
-         keep: float = 0.2,              # factor on what lies across the direction, in [0, 1]
-         neg_slope: float = 0.01,        # factor on what lies along it in the unwished sense, in [0, 1]
+         keep: float,                    # factor on what lies across the direction, in [0, 1]
+         neg_slope: float,               # factor on what lies along it in the unwished sense, in [0, 1]
          rescale: bool = False,          # give each token's gradient the norm back that it had
         ) -> Float[Tensor, "n h"]:
     "The gradient without what moves chosen answers back along their pair's direction, or rejected ones forward."

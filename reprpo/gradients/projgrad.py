@@ -38,7 +38,7 @@ RESCALE = ("none", "norm")
 
 def project(grad: Float[Tensor, "h r"],  # of a weight whose rows lie in the space of U
             U: Float[Tensor, "h k"],     # orthonormal columns, or zeros
-            keep: float = 0.2,           # factor on what lies outside the span of U, in [0, 1]
+            keep: float,                 # factor on what lies outside the span of U, in [0, 1]
             rescale: Literal["none", "norm"] = "none", # norm: with the norm that it had
            ) -> Float[Tensor, "h r"]:
     "P grad, with P = U Uᵀ + keep (I − U Uᵀ); nothing changes where U is zero."
