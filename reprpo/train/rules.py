@@ -91,7 +91,7 @@ class Rule:
         "A layer's forward hook."
         if self.phase is None or name in self.seen: return
         self.seen.add(name)
-        if out.shape[:2] != self.batch.ids.shape: raise UserError(f"{name} does not see whole rows, so its tokens can't be told apart; a gradient rule needs other targets")
+        if out.shape[:2] != self.batch.ids.shape: raise UserError(f"{name} does not see whole rows, as a gradient rule needs; choose other targets")
         getattr(self, f"see_{self.phase}")(name, args[0], out)
 
     def pooled(self, x:Float[Tensor, "r t h"]) -> Float[Tensor, "c h"]: # chosen answers first
@@ -135,7 +135,8 @@ class ProjGrad(Rule):
         check_share("keep", keep)
         if directions < 1: raise UserError(f"option directions={directions}: must be at least 1")
         if rescale not in RESCALE: raise unknown("rescale", rescale, RESCALE)
-        if keep == 1 and (directions > 1 or rescale != "none"): raise UserError("with keep=1 the gradient stays as it is, and directions and rescale change nothing; drop them")
+        if keep == 1 and (directions > 1 or rescale != "none"):
+            raise UserError("with keep=1 the gradient stays as it is, and directions and rescale change nothing; drop them")
         self.keep, self.directions, self.rescale = keep, directions, rescale
 
     def forget(self): self.windows = {}
@@ -221,10 +222,11 @@ KINDS = {"projgrad": ProjGrad, "projbp": ProjBP}
 
 def make_rule(
     name:str,         # in RULES
-    options:dict={},  # option -> value; the table's where it says nothing
+    options:dict|None=None, # option -> value; the table's where it says nothing
 ) -> Rule:            # on no model yet
     "A rule; refused if an option is unknown, out of its range, or changes nothing."
     if name not in RULES: raise unknown("gradient rule", name, RULES)
+    options = options or {}
     for key in options:
         if key not in RULES[name]: raise unknown(f"option of {name}", key, RULES[name])
     return KINDS[name](**(RULES[name] | options))
