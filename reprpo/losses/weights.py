@@ -45,7 +45,7 @@ def mallows(ref: States,  # the reference, with entropy of each answer
            ) -> Float[Tensor, "b"]:
     "How certain the reference is over both answers, 0 where its distributions are uniform (Chen et al. 2024, the dispersion index)."
     cho, rej = told(ref, "entropy", "reference")
-    return -torch.log((((cho + rej) / 2).clamp(0, 1) + CERTAIN) / (1 + CERTAIN))
+    return torch.log((1 + CERTAIN) / (((cho + rej) / 2).clamp(0, 1) + CERTAIN))
 
 
 WEIGHTS = {"wpo": wpo, "mallows": mallows} # name -> function of the policy, of the reference
