@@ -36,10 +36,12 @@ def uphill(ref: States,   # the reference, with gradient.SITE of each answer
     "The reference's gradients at one site; refuse none, and those of states of another shape."
     name = f"gradient.{site}"
     if name not in ref.more_cho or name not in ref.more_rej:
-        raise UserError(f"this loss needs '{name}' of the reference's answers and got none: name the method hs-none-gradient_direction, or fill more_cho and more_rej")
+        raise UserError(f"this loss needs '{name}' of the reference's answers and got none: name the method hs-none-gradient_direction, "
+                        "or fill more_cho and more_rej (states.more)")
     cho, rej = (side[name].detach().float() for side in (ref.more_cho, ref.more_rej))
     if {cho.shape, rej.shape} != {g.d.shape}:
-        raise UserError(f"{name} has the shapes {tuple(cho.shape)} and {tuple(rej.shape)}, the states {tuple(g.d.shape)}: gradients are of the states themselves; use the transform none")
+        raise UserError(f"{name} has the shapes {tuple(cho.shape)} and {tuple(rej.shape)}, the states {tuple(g.d.shape)}: "
+                        "gradients are of the states themselves; use the transform none")
     length = (cho.pow(2).sum(-1) + rej.pow(2).sum(-1) + (NONE / g.n) ** 2).sqrt()
     return Uphill(cho, -rej, length)
 

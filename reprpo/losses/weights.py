@@ -8,7 +8,7 @@ __all__ = ['CERTAIN', 'READS', 'WEIGHTS', 'told', 'wpo', 'mallows', 'only_ratios
 # %% ../../nbs/06_losses/19_weights.ipynb #cell-002
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 
 import torch
 from jaxtyping import Float
@@ -30,7 +30,8 @@ def told(states: States,  # policy or reference
         ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
     "One number of each chosen and each rejected answer, without a graph."
     if name not in states.more_cho or name not in states.more_rej:
-        raise UserError(f"this weight needs '{name}' of the {whose}'s answers and got none: name it as weight= in a method string, or fill more_cho and more_rej (states.vocabulary)")
+        raise UserError(f"this weight needs '{name}' of the {whose}'s answers and got none: "
+                        "name it as weight= in a method string, or fill more_cho and more_rej (states.vocabulary)")
     return tuple(side[name].detach().float() for side in (states.more_cho, states.more_rej))
 
 
@@ -64,7 +65,9 @@ def check_weight(loss: Loss,  # with its options bound
     "Refuse a weight that a loss cannot be given."
     if name not in WEIGHTS: raise unknown("weight", name, WEIGHTS)
     if name == "wpo": return
-    if not needs_logps(loss): raise UserError("option weight=mallows scales the log-ratios of policy and reference, and this loss reads none; give it an outer loss, or use weight=wpo")
+    if not needs_logps(loss):
+        raise UserError("option weight=mallows scales the log-ratios of policy and reference, and this loss reads none; "
+                        "give it an outer loss, or use weight=wpo")
     if not only_ratios(loss):
         raise UserError("option weight=mallows scales the log-ratios of policy and reference, and this loss reads log-probabilities without a reference, "
                         "as simpo, simper and sft do; use weight=wpo, or an output loss with a reference")
@@ -79,19 +82,27 @@ def scaled(pi: States,                 # the policy
     return replace(pi, logp_cho=of(pi.logp_cho, ref.logp_cho), logp_rej=of(pi.logp_rej, ref.logp_rej))
 
 
-def weighed(loss: Loss,  # with its options bound, so that what it reads is known
+def weighed(loss: Loss,  # with options bound or not
             name: str,   # in WEIGHTS
            ) -> Loss:    # the same with a term more, `weight`; `margin` stays the policy's own
-    "A loss in which pairs have weights."
-    check_weight(loss, name)
+    "A loss in which pairs have weights; refused at its first call if it cannot have them."
+    if name not in WEIGHTS: raise unknown("weight", name, WEIGHTS)
     @wraps(loss)
     def run(pi, ref, **options):
+        _checked(loss, name, tuple(sorted((k, v) for k, v in options.items() if k != "progress")))
         w = wpo(pi) if name == "wpo" else mallows(ref)
         value, terms = loss(pi if name == "wpo" else scaled(pi, ref, w), ref, **options)
         own = {"margin": margin_sum(pi, ref)} if "margin" in terms else {}
         return w * value if name == "wpo" else value, terms | own | {"weight": w}
+    run.__name__ = f"{getattr(loss, '__name__', 'loss')}_{name}"
     run.reads, run.needs_logps = partial(_reads, loss, READS[name]), True
     return run
+
+
+@lru_cache(maxsize=256)
+def _checked(loss: Loss, name: str, options: tuple) -> None:
+    "`check_weight`, once for a loss with these options."
+    check_weight(partial(loss, **dict(options)), name)
 
 
 def _reads(loss: Callable, name: str, options: dict) -> tuple[str, ...]:
