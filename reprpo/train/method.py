@@ -114,17 +114,21 @@ class Method:
 
     def __str__(self): return self.label
 
+    @cached_property
+    def whole(self) -> Callable:
+        "The loss with its options, and with the weights of its pairs."
+        bound = partial(self.loss, **self.options)
+        if not self.weight: return bound
+        from reprpo.losses.weights import weighed
+        return weighed(bound, self.weight)
+
     def loss_fn(self,
         pi,    # States of the policy
         ref,   # States of the reference
         progress:float=0.0, # share of the run's steps that is done
     ): # (per pair "b", {term: "b"})
         "The loss of each pair and its named terms, checked for shape."
-        timed = {"progress": progress} if takes_progress(self.loss) else {}
-        if self.weight:
-            from reprpo.losses.weights import weighed
-            out = weighed(self.loss, self.weight)(pi, ref, **self.options, **timed)
-        else: out = self.loss(pi, ref, **self.options, **timed)
+        out = self.whole(pi, ref, **({"progress": progress} if takes_progress(self.loss) else {}))
         if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict)):
             raise UserError(f"{self.label}: a loss returns (per pair, terms), not {type(out).__name__}")
         shape, b = tuple(out[0].shape), len(pi.logp_cho)
