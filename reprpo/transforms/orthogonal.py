@@ -31,8 +31,8 @@ class PerSite(Transform):
                  **options,                         # the subclass's own, to be shown
                 ):
         if identity and not learn:
-            raise UserError(f"{type(self).__name__.lower()}: with learn=false it stays the identity that it starts as; "
-                            "leave learn out, or write none for the transform")
+            raise UserError("option learn=false: this transform would stay the identity that it starts as; "
+                            "leave learn out, give it another start if it has one, or write none for the transform")
         super().__init__(widths)
         self.options = options | {"learn": learn}
         self.weights = nn.ParameterDict({_key(s): nn.Parameter(self.begin(s, h), requires_grad=learn) for s, h in self.widths.items()})
