@@ -152,7 +152,7 @@ class Suppressed(Transform):
     def _fit_head(self, head: Float[Tensor, "v h"], layers: int) -> None:
         self.end = f"hs.{layers}"
         if self.end in self.widths:
-            raise UserError(f"suppressed:kind=logit_suppressed compares layers with the last, {layers}, which has lost nothing since itself; leave it out of layers")
+            raise UserError(f"suppressed:kind=logit_suppressed compares layers with the last, {layers}, which has lost nothing since itself; leave it out")
         flat = head.mean(-1).abs().max() < 1e-5 * head.abs().max()
         self.centred, self.head = flat.to(self.centred), (head - head.mean(0)).to(self.head)
 
