@@ -132,8 +132,8 @@ class Learned(TrainerCallback):
     def logs(self) -> dict[str, float]:
         "How far its weights have come, relative to where they were, and the norm of their last gradient."
         far = torch.stack([(p.detach() - p0).pow(2).sum() for p, p0 in zip(self.transform.parameters(), self.start)]).sum().sqrt()
-        size = torch.stack([p0.pow(2).sum() for p0 in self.start]).sum().sqrt()
-        return {"transform/moved": (far / size).item(), "transform/grad": 0.0 if self.grad is None else self.grad.item()}
+        size = torch.stack([torch.maximum(p.detach().pow(2).sum(), p0.pow(2).sum()) for p, p0 in zip(self.transform.parameters(), self.start)]).sum().sqrt()
+        return {"transform/moved": (far / size.clamp_min(torch.finfo(size.dtype).tiny)).item(), "transform/grad": 0.0 if self.grad is None else self.grad.item()}
 
 # %% ../../nbs/08_train/07_loop.ipynb #cell-009
 class PairTrainer(Trainer):

@@ -233,6 +233,9 @@ def checked(
         if not method.transform_lr > 0: raise UserError(f"{method.label}: transform_lr={method.transform_lr:g}; it must be above 0")
         if not learns_transform(method): raise UserError(f"{method.label}: transform_lr is the rate of a transform that learns; drop it, or learn=false")
     if method.learns: try_out(method)
+    plain = [what for what, names in (("the gradient of the reference's margin", "gradient"), ("how far tokens have moved", "moved")) if names in method.reads]
+    if plain and method.transform != "none":
+        raise UserError(f"{method.label}: the loss reads {plain[0]}, which is of the states themselves; write {method.source}-none-{method.name.split('-')[2]}")
     return method
 
 def from_function(
@@ -273,6 +276,7 @@ def balance_rule(
     "How the weight of the hidden part is set in training."
     if method.share is not None and method.balance != "share": raise UserError(f"option share={method.share} is for balance=share; add that, or drop it")
     if method.balance is None: return None
+    if method.weight == "wpo": raise UserError("weight=wpo multiplies both parts of the loss, so a balance between them means nothing; drop one of the two")
     from reprpo.losses.balance import Balance, given_weight, split_terms
     from reprpo.losses.checks import random_states
     pi, ref = (random_states(b=3, h=4, seed=k) for k in (1, 0))
@@ -290,7 +294,8 @@ def try_out(
         whole, defaults = tried(method), {k: v[1] for k, v in loss_options(method.loss).items()}
         for key, value in method.options.items():
             if value == defaults[key]: continue
-            bare = tried(replace(method, options={k: v for k, v in method.options.items() if k != key}))
+            try: bare = tried(replace(method, options={k: v for k, v in method.options.items() if k != key}))
+            except UserError: continue # it can't be left out
             if len(bare) == len(whole) and all(a.equal(b) for a, b in zip(whole, bare)):
                 raise UserError(f"option {key}={value} changes nothing beside the other options; drop it")
     except UserError as e: raise UserError(f"{method.label}: {e}") from None
