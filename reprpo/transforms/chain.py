@@ -58,7 +58,8 @@ class Chain(Transform):
         self.parts = nn.ModuleList(make_part(part, self.widths) for part in parts)
         self.linear, self.last = all(part.linear for part in self.parts), any(part.last for part in self.parts)
         if sum(part.last for part in self.parts) > 1:
-            raise UserError(f"{' + '.join(type(part).__name__ for part in self.parts)}: more than one reads the last block's output, and the first of them leaves it out; use one of them")
+            raise UserError(f"{' + '.join(type(part).__name__ for part in self.parts)}: more than one reads the last block's output, "
+                            "and the first of them leaves it out; use one of them")
 
     def fit(self, source: Source) -> None:
         "Fit each part on what comes out of the ones before; make it anew where these leave other sites."

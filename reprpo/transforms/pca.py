@@ -51,13 +51,14 @@ class Pca(Transform):
                  widths: Mapping[str, int],                 # h of each site
                  *,
                  rank: int | None = None,                   # directions; None: by energy
-                 energy: float | None = None,               # the fewest directions that hold this share of the differences' energy; None: a half, or by rank
+                 energy: float | None = None,               # fewest directions that hold this share of the energy; None: a half, or by rank
                  side: Literal["keep", "remove"] = "keep",  # these directions, or all the rest
                  centre: bool = False,                      # directions of what differs from pair to pair, without the mean difference
                 ):
         super().__init__(widths)
         if side not in ("keep", "remove"): raise unknown("side", side, ("keep", "remove"))
-        if rank is not None and energy is not None: raise UserError(f"options rank={rank} and energy={energy}: each sets the number of directions; give one of them")
+        if rank is not None and energy is not None:
+            raise UserError(f"options rank={rank} and energy={energy}: each sets the number of directions; give one of them")
         if rank is not None and rank < 1: raise UserError(f"option rank={rank}: it must be 1 or more")
         if energy is not None and not 0 < energy < 1: raise UserError(f"option energy={energy}: it is a share, between 0 and 1")
         self.rank, self.energy, self.side, self.centre = rank, energy, side, centre

@@ -28,7 +28,8 @@ def keep(transform: Transform, site: str, x: Tensor) -> None:
 def kept(transform: Transform, site: str) -> Tensor:
     "What `keep` remembered."
     try: return transform.get_buffer(site.replace(".", "/"))
-    except AttributeError: raise UserError(f"transform {type(transform).__name__} was not fitted at site {site}: call fit with a source that has its states") from None
+    except AttributeError:
+        raise UserError(f"transform {type(transform).__name__} was not fitted at site {site}: call fit with a source that has its states") from None
 
 
 def both_sides(source: Source) -> dict[str, Float[Tensor, "n h"]]:
