@@ -281,9 +281,8 @@ def _world_controls(a) -> int:
     return controls_command(a.out, jobs=a.jobs)
 
 def _methods(a) -> int:
-    from reprpo.train.method import METHODS
-    width = max(len(m["method"]) for m in METHODS)
-    for m in METHODS: print(f"{m['method']:{width}}  {m['about']} [{m['step_zero']}]")
+    from reprpo.train.table import methods_text
+    print(methods_text())
     return 0
 
 RUN = {"demo": (Demo, _demo), "train": (TrainOne, _train), "compare": (CompareConfig, _compare), "report": (Report, _report), "power": (Power, _power),

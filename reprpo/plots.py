@@ -35,6 +35,6 @@ def draw_pairs(
     for a, b in zip(*ref): ax.plot([a[0], b[0]], [a[1], b[1]], color=COLORS["null"], lw=.8, zorder=1)
     for k, role in enumerate(("chosen", "rejected")):
         ax.scatter(ref[k][:, 0], ref[k][:, 1], s=26, facecolors="none", edgecolors=COLORS[role], zorder=2, label=None if pi is not None else role)
-        for j in range(len(ref[k])) if path else (): ax.plot([p[k][j][0] for p in path], [p[k][j][1] for p in path], color=COLORS[role], lw=1, alpha=.6, zorder=2)
+        for way in zip(*(p[k] for p in path or ())): ax.plot(*zip(*way), color=COLORS[role], lw=1, alpha=.6, zorder=2)
         if pi is not None: ax.scatter(pi[k][:, 0], pi[k][:, 1], s=26, color=COLORS[role], zorder=3, label=role)
     return style(ax)

@@ -43,7 +43,7 @@ def counted(model, method="dpo", layout="concat", put=None, again=False):
     method, rows, peft = Method.parse(method), list(tokens(6)), add_adapter(model, put or TrainConfig(rank=4), 0)
     if again: recompute(peft)
     batch, few = collate(rows, range(6), 0, layout), collate(rows[:1], [0], 0, layout)
-    view = make_view(peft, method, method.layers or "1", batch)
+    view = make_view(peft, method, method.layers or "1")
     found = price(peft, method, view, few)
     with still(peft.train()), FlopCounterMode(display=False) as counter:
         pi = view.policy(peft, batch, method.needs_logps)

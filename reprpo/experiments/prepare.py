@@ -17,7 +17,7 @@ from ..models import load_model
 from ..pairs.load import PairSet, load_pairs
 from ..pairs.spec import PairSpec
 from ..pairs.template import question, set_template
-from ..pairs.tokenize import TokenSet, context_length, pad_id, tokenize_pairs
+from ..pairs.tokenize import TokenSet, context_length, tokenize_pairs
 from ..states.forward import check_room
 from ..states.layout import choose_layout
 from ..train.competitors import check_text, find_text, layers_of
@@ -26,7 +26,7 @@ from ..train.feed import View, make_view
 from ..train.intervene import Intervention
 from ..train.method import Method
 from ..train.sizes import defaults_for, fill
-from ..train.trainer import first_batch, reference_cache, settle
+from ..train.trainer import reference_cache, settle
 
 # %% ../../nbs/10_experiments/00_prepare.ipynb #cell-005
 @dataclass(frozen=True)
@@ -142,8 +142,7 @@ def look(
     views = []
     for m in methods:
         c = settle(m, Training.of(bench.config), bench.model)
-        batch = first_batch(bench.model, bench.train, c, pad_id(bench.tokenizer))
-        views.append((make_view(bench.model, m, c.layers, batch), c))
+        views.append((make_view(bench.model, m, c.layers, bench.train), c))
         if m.edit: check_competitor(bench, m)
     return views
 

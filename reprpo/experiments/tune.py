@@ -23,7 +23,8 @@ from ..judge.movement import movement
 from ..judge.rows import row_kinds
 from ..judge.stats import crossed_interval
 from ..states.score import score
-from ..train.method import LR, Method
+from ..train.method import Method
+from ..train.table import LR
 from ..train.sizes import lr_grid, lr_scale
 from ..train.trainer import own_lr
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QKV', 'OUT', 'DOWN', 'NORMS', 'Norm', 'norm_parts', 'BlockWeights', 'block_weights', 'final_norm', 'embed_weights',
-           'head_weights', 'head_bias']
+           'head_weights', 'writer_weight', 'head_bias']
 
 # %% ../../nbs/03_states/08_weights.ipynb #cell-002
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models import plain_weight
-from .capture import bare, blocks_of
+from .capture import bare, blocks_of, find_place
 
 # %% ../../nbs/03_states/08_weights.ipynb #cell-005
 @dataclass(frozen=True)
@@ -218,6 +218,15 @@ def head_weights(
     if head is None: raise UserError(f"weights: {type(bare(model)).__name__} has no output head")
     W = _affine(head)[0]
     return final_norm(model).fold(W) if fold else W.clone()
+
+def writer_weight(
+    model:nn.Module,
+    site:str, # of what goes into a linear module, as 3.mlp.down_proj.in
+) -> Float[Tensor, "h m"]:
+    "What each coordinate that goes into a module writes, one column each, as stored."
+    module, end = find_place(model, site)
+    if end != "in" or site.startswith("hs."): raise UserError(f"weights: {site} is not what goes into a module; give a site that ends in .in")
+    return _affine(module)[0]
 
 def head_bias(
     model:nn.Module,

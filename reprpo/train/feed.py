@@ -6,20 +6,21 @@
 __all__ = ['pair_order', 'RowStream', 'PairCollator', 'View', 'Feed', 'make_view']
 
 # %% ../../nbs/08_train/03_feed.ipynb #cell-002
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..errors import UserError
 from ..models import decoder_blocks
 from ..pairs.batch import collate
 from ..seeds import generator
 from ..states.capture import find_sites
 from ..states.forward import forward_states, reference_mode
 from ..states.layers import describe_layers, parse_layers
-from ..transforms.base import TRANSFORMS
+from ..states.more import margin_gradients, token_states
+from .source import make_transform
+from ..transforms.base import runs_after_pooling
 
 # %% ../../nbs/08_train/03_feed.ipynb #cell-005
 def pair_order(
@@ -62,16 +63,51 @@ class View:
     "What a loss sees of a batch: states at some sites, pooled and transformed, and log-probabilities."
     sites:tuple[str, ...] = ()       # where states are captured; none for losses on log-probabilities
     reduce:str = "mean"              # how an answer's tokens become one vector
-    transform:nn.Module|None = None  # frozen map of the states; None: as they are
+    transform:nn.Module|None = None  # map of the states; None: as they are
     words:str = "log-probabilities only" # the layers, for people
+    more:tuple[str, ...] = ()        # what else the loss reads: names in states.pool.MORE
+
+    @property
+    def late(self) -> bool:
+        "Does the transform see pooled vectors? Then the stored reference is that of the plain states, which all methods share."
+        return self.transform is not None and runs_after_pooling(self.transform, self.reduce)
+
+    @property
+    def early(self) -> nn.Module|None:
+        "The transform, if it has to see each token."
+        return None if self.late else self.transform
+
+    @property
+    def learns(self) -> bool: return self.transform is not None and self.transform.learns
+
+    @property
+    def stores(self) -> bool:
+        "Can the reference's part be stored? Not where it changes while the transform learns, nor where next-token distributions are asked for."
+        return not (self.learns and not self.late) and "entropy" not in self.more
+
+    def turned(self, states): # States -> States
+        "Pooled states after a transform that sees pooled vectors."
+        if not self.late: return states
+        with torch.autocast(states.logp_cho.device.type, enabled=False): return replace(states, cho=self.transform(states.cho), rej=self.transform(states.rej))
 
     def policy(self, model:nn.Module, batch, logps=True): # PairBatch, as in `forward_states` -> States
         "The policy's states, with their graph."
-        return forward_states(model, batch, self.sites, self.reduce, self.transform, logps)
+        before = None
+        if "moved" in self.more:
+            with reference_mode(model): before = token_states(model, batch, self.sites)
+        return self.turned(forward_states(model, batch, self.sites, self.reduce, self.early, logps, [x for x in self.more if x == "wpo"], before))
 
     def reference(self, model:nn.Module, batch, logps=True): # PairBatch, as in `forward_states` -> States
         "The states with the adapter off, without a graph or dropout."
-        with reference_mode(model): return forward_states(model, batch, self.sites, self.reduce, self.transform, logps)
+        with reference_mode(model):
+            states = self.turned(forward_states(model, batch, self.sites, self.reduce, self.early, logps, [x for x in self.more if x == "entropy"]))
+        return self.beside(model, batch, states)
+
+    def beside(self, model:nn.Module, batch, states): # PairBatch, States -> States
+        "The reference's states with the gradient of its own margin, if the loss reads that."
+        if "gradient" not in self.more: return states
+        with reference_mode(model): cho, rej = margin_gradients(model, batch, self.sites)
+        return replace(states, more_cho=states.more_cho | cho, more_rej=states.more_rej | rej)
 
 @dataclass(frozen=True)
 class Feed:
@@ -88,24 +124,22 @@ class Feed:
         logps=True,      # False: they are not needed
     ): # States
         "The reference's states of a batch: from the cache, or by a second forward pass with the adapter off."
-        if self.cache is not None: return self.cache.batch(torch.as_tensor(rows), batch.device)
-        return self.view.reference(model, batch, bool(logps))
+        if self.cache is None: return self.view.reference(model, batch, bool(logps))
+        with torch.no_grad(): stored = self.view.turned(self.cache.batch(torch.as_tensor(rows), batch.device))
+        return self.view.beside(model, batch, stored)
 
 def make_view(
     model:nn.Module, # base
     method,          # Method: source, collect, modules, reduce, transform
     layers:str,      # layer grammar; brackets around a list are allowed
-    batch,           # any PairBatch, to learn the widths of the states
+    tokens=None,     # TokenSet to train on, for a transform that is made from the reference's states
 ) -> View:
     "The sites a method's layers stand for in this model, and its transform."
-    if not method.needs_states: return View()
+    if not method.needs_states: return View(more=method.reads)
     n = len(decoder_blocks(model))
     ks = parse_layers(layers.strip("[] "), n)
-    view = View(tuple(find_sites(model, ks, method.source, method.collect, method.modules)), method.reduce,
-                words=f"{method.source}, layers {describe_layers(ks, n)}")
+    sites = tuple(find_sites(model, ks, method.source, method.collect, method.modules))
+    view = View(sites, method.reduce, words=f"{method.source}, layers {describe_layers(ks, n)}", more=method.reads)
     if method.transform == "none": return view
-    widths = {s: x.shape[-1] for s, x in view.reference(model, batch).cho.items()}
-    transform = TRANSFORMS[method.transform](widths, **method.transform_options).to(batch.device).eval()
-    if any(p.requires_grad for p in transform.parameters()):
-        raise UserError(f"{method.label}: transform '{method.transform}' has trainable parameters; training needs a frozen one")
-    return View(view.sites, view.reduce, transform, f"{view.words}, transform {method.transform}")
+    transform, sites = make_transform(model, method, sites, tokens)
+    return replace(view, sites=sites, transform=transform, words=f"{view.words}, transform {method.transform}{', which learns' if transform.learns else ''}")

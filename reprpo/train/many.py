@@ -37,7 +37,7 @@ from .ledger import free_memory, peak_memory
 from .loop import PairTrainer, RunChecks, training_arguments
 from .memory import recompute
 from .meter import Meter
-from .method import Method
+from .method import Method, learns_transform
 from .preflight import preflight
 from .progress import Progress
 from .resume import resume_point
@@ -52,7 +52,8 @@ def apart(
     config:TrainConfig,
 ) -> str:   # "" if nothing stands in the way
     "Why runs of a method can't share a forward."
-    reasons = {"it puts no LoRA adapter on the model": method.edit, "its adapter has dropout": config.dropout,
+    reasons = {"it puts no LoRA adapter on the model": method.edit, "a rule edits its gradients": method.rule, "its transform learns": learns_transform(method),
+               "its adapter has dropout": config.dropout,
                "its balance is measured on the way": method.balance, "fp16 needs a scaler for each": config.precision == "fp16",
                "several processes train it": int(os.environ.get("WORLD_SIZE", 1)) > 1}
     return next((why for why, holds in reasons.items() if holds), "")
@@ -162,7 +163,7 @@ class StackTrainer(PairTrainer):
         for k, meter in enumerate(self.meters):
             mine = slice(k*size, k*size + size)
             own, theirs, tokens = pi.index(mine), ref.index(mine), inputs["tokens"][k]
-            with torch.autocast(batch.device.type, enabled=False): per_pair, terms = self.method.loss_fn(own, theirs)
+            with torch.autocast(batch.device.type, enabled=False): per_pair, terms = self.method.loss_fn(own, theirs, self.done)
             self.take_in(meter, own, theirs, per_pair, terms, batch.rows[mine], logps, tokens)
             self.seen[k] += tokens
             losses.append(per_pair.mean())

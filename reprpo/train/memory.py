@@ -31,7 +31,8 @@ from .config import TrainConfig
 from .feed import View, make_view, pair_order
 from .intervene import Intervened, Intervention, _on_input, _on_output
 from .ledger import Ledger, blank, pretence, tensors_of, twin, weight_bytes
-from .method import LAYERS, Method
+from .method import Method
+from .table import LAYERS
 from .rows import divisors, row_lengths, token_pairs, worst_rows
 
 # %% ../../nbs/08_train/07_memory.ipynb #m-009
@@ -185,7 +186,7 @@ class Rehearsal:
         ledger, batch, view, pairs = self.begin(), self.empty(batch), self.view, len(self.plan.pairs)
         ledger.kind = "reference"
         with ledger, reference_mode(self.model), torch.autocast(self.device.type, enabled=False):
-            part = forward_states(self.model, batch, view.sites, view.reduce, view.transform)
+            part = forward_states(self.model, batch, view.sites, view.reduce, view.early)
         self.kept = sum(pairs * x[0].nbytes for d in (part.cho, part.rej) for x in d.values())
         peak, parts = ledger.mark()
         beside = self.kept if self.plan.device.type == "cpu" else 0
@@ -253,7 +254,7 @@ class Plan:
         config = replace(config, layers=method.layers or config.layers or LAYERS, steps=method.steps or config.steps, layout=layout)
         reference = reference or ("live" if config.reference == "live" or (config.reference == "auto" and config.precision != "fp32") else "store")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu") if device or home.type == "meta" else home)
-        return cls(model, method, config, view or make_view(model, method, config.layers, None), pairs, device, reference, free, early=not method.needs_logps)
+        return cls(model, method, config, view or make_view(model, method, config.layers, tokens), pairs, device, reference, free, early=not method.needs_logps)
 
     def batch(self, rows:list[int]) -> PairBatch:
         "Some pairs as a batch."

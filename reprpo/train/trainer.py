@@ -34,7 +34,8 @@ from .competitors import intervention
 from .config import TrainConfig
 from .cost import CostCard, cost_card, measured
 from .feed import Feed, View, make_view, pair_order
-from .method import LAYERS, Method
+from .method import Method
+from .table import LAYERS
 from .ledger import peak_memory
 from .memory import recompute
 from .preflight import Preflight, preflight, store_pairs
@@ -98,7 +99,8 @@ def open_cache(
     config:TrainConfig,   # reference, steps, batch_size
 ) -> ReferenceCache|None: # as it is on disk; None: the reference runs live
     "Where the reference's states are stored, unless few of the pairs will be seen, or halves or 8 bits ask both passes to round alike."
-    cache = ReferenceCache(model, token_set, view.sites, view.reduce, transform=view.transform)
+    if not view.stores: return None
+    cache = ReferenceCache(model, token_set, view.sites, view.reduce, transform=view.early)
     few = 4 * config.steps * config.batch_size < len(token_set) and cache.missing()
     if config.reference == "live" or (config.reference == "auto" and (few or config.precision != "fp32" or quantised(model) == "8bit")): return None
     return cache
@@ -177,9 +179,8 @@ def read_in(
     tokens, pad = tokenize_pairs(load_pairs(pairs), tokenizer, longest, config.on_truncate, config.max_dropped), pad_id(tokenizer)
     layout, note = choose_layout(model, tokens, config.layout, config.batch_size)
     config = replace(config, layout=layout)
-    pair = first_batch(model, tokens, replace(config, micro_batch=1), pad)
-    check_head(model, pair)
-    view = make_view(model, method, config.layers, pair)
+    check_head(model, first_batch(model, tokens, replace(config, micro_batch=1), pad))
+    view = make_view(model, method, config.layers, tokens)
     cache = open_cache(model, tokens, view, config)
     return Feed(tokens, pad, view, cache), config, "live" if cache is None else "store" if cache.missing() else "stored", note
 
@@ -277,6 +278,7 @@ def train(
                 with still(peft): zero, trainer, card = learn(peft, method, config, ready, folder, point, bar)
             weights, adapter = adapter_weights(peft), adapter_config(peft)
             finish(peft, ready.batch, ready.checksum, (folder if main else Path(scratch)) / "adapter")
+            if trainer and trainer.learned and main: trainer.learned.save(folder)
         finally:
             base = remove_adapter(peft)
             if config.checkpointing: recompute(base, False)

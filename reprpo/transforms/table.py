@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
-from ..errors import UserError, unknown
+from ..errors import unknown
 
 # %% ../../nbs/05_transforms/90_table.ipynb #cell-005
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class TransformInfo:
 
 TRANSFORMS = {row.name: row for row in (
     TransformInfo("none",        "base:Identity",          "linear",    "the states as they are"),
-    TransformInfo("svd",         "svd:Svd",                "linear",    "what the output head reads most of a state, or all the rest"),
+    TransformInfo("svd",         "svd:Svd",                "linear",    "what the output head reads least of a state, or most"),
     TransformInfo("pca",         "pca:Pca",                "linear",    "the directions in which chosen and rejected states differ most"),
-    TransformInfo("suppressed",  "suppressed:Suppressed",  "nonlinear", "what later layers take away again, in three definitions"),
+    TransformInfo("suppressed",  "suppressed:Suppressed",  "nonlinear", "what later layers take away (three definitions)"),
     TransformInfo("ortho",       "orthogonal:Ortho",       "learns",    "a rotation of the whole space"),
     TransformInfo("hra",         "orthogonal:Hra",         "learns",    "a few reflections"),
     TransformInfo("ether",       "orthogonal:Ether",       "learns",    "one reflection in each block of coordinates"),
@@ -35,7 +35,7 @@ TRANSFORMS = {row.name: row for row in (
     TransformInfo("etherplushh", "orthogonal:EtherPlusHH", "learns",    "etherplus twice, with vectors of their own"),
     TransformInfo("lowrank",     "lowrank:LowRank",        "learns",    "a subspace that is learned"),
     TransformInfo("softmax",     "softmax:Softmax",        "nonlinear", "a state's coordinates as a distribution"),
-    TransformInfo("log_softmax", "softmax:LogSoftmax",     "nonlinear", "the logarithm of that"),
+    TransformInfo("log_softmax", "softmax:LogSoftmax",     "nonlinear", "the logarithm of a state's coordinates as a distribution"),
     TransformInfo("symlog",      "symlog:Symlog",          "nonlinear", "large coordinates pulled in, on both sides of 0"),
     TransformInfo("topk",        "topk:TopK",              "nonlinear", "the few largest coordinates of a state"),
 )}
