@@ -159,8 +159,7 @@ class Rehearsal:
         self.model, self.kept = twin(model, device, plan.dtype), 0
         put_edits(self.model, {k: twin(e, device) for k, e in edits.items()})
         if self.view.transform is not None: self.view = replace(self.view, transform=twin(self.view.transform, device))
-        self.learn = [p for p in self.model.parameters() if p.requires_grad]
-        self.vocabulary = bare(self.model).get_input_embeddings().weight.shape[0]
+        self.learn, self.vocabulary = [p for p in self.model.parameters() if p.requires_grad], bare(self.model).get_input_embeddings().weight.shape[0]
         if plan.config.checkpointing: recompute(self.model)
 
     def begin(self) -> Ledger:

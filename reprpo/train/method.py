@@ -232,6 +232,10 @@ def checked(
     if method.transform_lr is not None:
         if not method.transform_lr > 0: raise UserError(f"{method.label}: transform_lr={method.transform_lr:g}; it must be above 0")
         if not learns_transform(method): raise UserError(f"{method.label}: transform_lr is the rate of a transform that learns; drop it, or learn=false")
+    if method.rule:
+        from reprpo.train.rules import make_rule
+        try: make_rule(method.rule, method.rule_settings)
+        except UserError as e: raise UserError(f"{method.label}: {e}") from None
     if method.learns: try_out(method)
     plain = [what for what, names in (("the gradient of the reference's margin", "gradient"), ("how far tokens have moved", "moved")) if names in method.reads]
     if plain and method.transform != "none":

@@ -81,7 +81,7 @@ MODULES = {"collect": Literal["in", "out"], "modules": str} # of a side source o
 
 # %% ../../nbs/08_train/00_table.ipynb #cell-007
 RULES = {
-    "projgrad": {"keep": 0.8, "directions": 1, "rescale": "none"},
+    "projgrad": {"keep": 0.2, "directions": 1, "rescale": "none"},
     "projbp": {"keep": 0.2, "neg_slope": 0.01, "rescale": True}}
 RULE_KINDS = {"keep": float, "directions": int, "rescale": {"projgrad": Literal["none", "norm"], "projbp": bool}, "neg_slope": float}
 
