@@ -20,7 +20,7 @@ from reprpo.train.table import NAMED, named_methods
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "files/results"
 COMMAND = "python docs/family.py"
-OPTIONS = dict(train="world:facts/train", steps=16, layout="shared", scales=(0.25, 0.5, 1.0, 1.5), lrs=(0.001, 0.003, 0.01), eval_n=60, frontier_n=60)
+OPTIONS = dict(train="world:facts/train", steps=16, layout="shared", scales=(0.5, 1.0, 1.5), lrs=(0.001, 0.003, 0.01), eval_n=60, frontier_n=60)
 TESTED = ("hidden", "transform", "gradient") # groups whose methods may be confirmed
 
 
