@@ -58,7 +58,8 @@ class Chain(Transform):
         self.parts = nn.ModuleList(make_part(part, self.widths) for part in parts)
         self.linear, self.last = all(part.linear for part in self.parts), any(part.last for part in self.parts)
         if late := next((part for part in self.parts[1:] if part.last), None):
-            raise UserError(f"{type(late).__name__} compares states with the last block's output as the model made it, so it goes first in a chain; change the order")
+            raise UserError(f"{type(late).__name__} compares states with the last block's output as the model made it, "
+                            "so it goes first in a chain; change the order")
 
     def fit(self, source: Source) -> None:
         "Fit each part on what comes out of the ones before; make it anew where these leave other sites."
