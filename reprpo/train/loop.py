@@ -130,10 +130,8 @@ class Learned(TrainerCallback):
     def load(self, folder:Path) -> None: self.transform.load_state_dict(load_file(folder / "transform.safetensors"))
 
     def logs(self) -> dict[str, float]:
-        "How far its weights have come, relative to where they were, and the norm of their last gradient."
-        far = torch.stack([(p.detach() - p0).pow(2).sum() for p, p0 in zip(self.transform.parameters(), self.start)]).sum().sqrt()
-        size = torch.stack([torch.maximum(p.detach().pow(2).sum(), p0.pow(2).sum()) for p, p0 in zip(self.transform.parameters(), self.start)]).sum().sqrt()
-        moved = far / size.clamp_min(torch.finfo(size.dtype).tiny)
+        "Root mean square of what a weight has changed by since the start, and the norm of their last gradient."
+        moved = torch.cat([(p.detach() - p0).flatten() for p, p0 in zip(self.transform.parameters(), self.start)]).pow(2).mean().sqrt()
         return {"transform/moved": moved.item(), "transform/grad": 0.0 if self.grad is None else self.grad.item()}
 
 # %% ../../nbs/08_train/07_loop.ipynb #cell-009
