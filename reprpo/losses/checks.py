@@ -46,8 +46,8 @@ def rotated(states: States, seed: int = 0) -> States:
         return (x.double() @ q).float()
     at = {f"gradient.{s}": k for k, s in enumerate(states.cho)}
     def more(side): return {name: turn(at[name], x) if name in at else x for name, x in side.items()}
-    return replace(states, cho={s: turn(k, x) for k, (s, x) in enumerate(states.cho.items())}, rej={s: turn(k, x) for k, (s, x) in enumerate(states.rej.items())},
-                   more_cho=more(states.more_cho), more_rej=more(states.more_rej))
+    cho, rej = ({s: turn(k, x) for k, (s, x) in enumerate(side.items())} for side in (states.cho, states.rej))
+    return replace(states, cho=cho, rej=rej, more_cho=more(states.more_cho), more_rej=more(states.more_rej))
 
 
 def nudged(ref: States,          # where the policy starts
