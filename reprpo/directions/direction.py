@@ -17,11 +17,11 @@ from torch import Tensor
 from ..errors import UserError
 
 # %% ../../nbs/05_directions/00_direction.ipynb #cell-005
-TINY = torch.finfo(torch.float32).tiny
+TINY = torch.finfo(torch.float64).tiny
 
 def _size(v:Float[Tensor, "h"]) -> Float[Tensor, ""]:
-    "Squared length; never 0, so that it can be divided by."
-    return v.square().sum().clamp(min=TINY)
+    "Squared length in fp64, where no fp32 vector's is lost; never 0, so that it can be divided by."
+    return v.double().square().sum().clamp(min=TINY)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Direction(Mapping):
@@ -52,7 +52,7 @@ class Direction(Mapping):
 
     def norm(self) -> dict[str, float]:
         "Length at each site, in the unit of the states."
-        return {site: v.norm().item() for site, v in self.vectors.items()}
+        return {site: v.double().norm().item() for site, v in self.vectors.items()}
 
     def _same(self, other:"Direction", what:str) -> None:
         "Refuse another direction that lies elsewhere."
@@ -98,7 +98,7 @@ class Direction(Mapping):
         wanted = other.norm() if isinstance(other, Direction) else dict.fromkeys(self, float(other))
         if flat := [s for s, length in self.norm().items() if not length and wanted[s]]:
             raise UserError(f"the vector at {flat[0]} is 0 and points nowhere, so it can't be given a length; leave the site out with at()")
-        return Direction({s: v * (wanted[s] / _size(v).sqrt()) for s, v in self.vectors.items()})
+        return Direction({s: v.double() * (wanted[s] / _size(v).sqrt()) for s, v in self.vectors.items()})
 
     def unit(self) -> "Direction":
         "The same directions at length 1."
@@ -107,7 +107,7 @@ class Direction(Mapping):
     def cosine(self, other:"Direction") -> dict[str, float]:
         "Cosine with another at each site; 0 where one of them is 0."
         self._same(other, "a cosine")
-        return {s: (v @ other.vectors[s] / (_size(v).sqrt() * _size(other.vectors[s]).sqrt())).item() for s, v in self.vectors.items()}
+        return {s: (v.double() @ other.vectors[s].double() / (_size(v) * _size(other.vectors[s])).sqrt()).item() for s, v in self.vectors.items()}
 
     def project(self,
         states:Mapping[str, Float[Tensor, "... h"]], # states at this direction's sites, and perhaps at others
@@ -116,7 +116,7 @@ class Direction(Mapping):
         if gone := [s for s in self if s not in states]: raise UserError(f"there are no states at {gone[0]}; the direction lies at {', '.join(self)}")
         for s, h in self.widths.items():
             if states[s].shape[-1] != h: raise UserError(f"states at {s} have width {states[s].shape[-1]}, the direction has {h}; it is another model's")
-        return {s: states[s].float() @ (v / _size(v)).to(states[s].device) for s, v in self.vectors.items()}
+        return {s: states[s].float() @ (v.double() / _size(v)).to(states[s].device, torch.float32) for s, v in self.vectors.items()}
 
     def __repr__(self): return f"Direction({', '.join(f'{s}: {n:.3g}' for s, n in self.norm().items())})"
 
