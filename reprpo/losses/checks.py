@@ -44,8 +44,10 @@ def rotated(states: States, seed: int = 0) -> States:
         g = torch.Generator().manual_seed(seed + k)
         q, _ = torch.linalg.qr(torch.randn(x.shape[-1], x.shape[-1], generator=g, dtype=torch.float64))
         return (x.double() @ q).float()
-    return replace(states, cho={s: turn(k, x) for k, (s, x) in enumerate(states.cho.items())},
-                   rej={s: turn(k, x) for k, (s, x) in enumerate(states.rej.items())})
+    at = {f"gradient.{s}": k for k, s in enumerate(states.cho)}
+    def more(side): return {name: turn(at[name], x) if name in at else x for name, x in side.items()}
+    cho, rej = ({s: turn(k, x) for k, (s, x) in enumerate(side.items())} for side in (states.cho, states.rej))
+    return replace(states, cho=cho, rej=rej, more_cho=more(states.more_cho), more_rej=more(states.more_rej))
 
 
 def nudged(ref: States,          # where the policy starts

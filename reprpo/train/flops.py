@@ -20,6 +20,7 @@ from ..models import base_name
 from ..pairs.batch import pack
 from ..states.capture import bare, blocks_of
 from .intervene import Edit
+from .feed import own_reference
 from .memory import loss_of
 from .method import Method
 
@@ -140,7 +141,7 @@ def price(
     with torch.random.fork_rng(), calls(model) as seen:
         pi = view.policy(model.eval(), batch, method.needs_logps)
         model.train(training)
-        loss = loss_of(method, pi, pi.map(lambda x: x.detach().clone()))
+        loss = loss_of(method, pi, own_reference(method, pi))
     nodes, names = reached(loss), {id(m): f"{n}." for n, m in bare(model).named_modules()}
     blocks, own = [names[id(b)] for b in blocks_of(model)], names.get(id(head), "") if type(head) is not nn.Linear else "-"
     inside = {b: [c for c in seen if c.name.startswith(b)] for b in blocks}

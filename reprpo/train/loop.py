@@ -130,10 +130,9 @@ class Learned(TrainerCallback):
     def load(self, folder:Path) -> None: self.transform.load_state_dict(load_file(folder / "transform.safetensors"))
 
     def logs(self) -> dict[str, float]:
-        "How far its weights have come, relative to where they were, and the norm of their last gradient."
-        far = torch.stack([(p.detach() - p0).pow(2).sum() for p, p0 in zip(self.transform.parameters(), self.start)]).sum().sqrt()
-        size = torch.stack([torch.maximum(p.detach().pow(2).sum(), p0.pow(2).sum()) for p, p0 in zip(self.transform.parameters(), self.start)]).sum().sqrt()
-        return {"transform/moved": (far / size.clamp_min(torch.finfo(size.dtype).tiny)).item(), "transform/grad": 0.0 if self.grad is None else self.grad.item()}
+        "Root mean square of what a weight has changed by since the start, and the norm of their last gradient."
+        moved = torch.cat([(p.detach() - p0).flatten() for p, p0 in zip(self.transform.parameters(), self.start)]).pow(2).mean().sqrt()
+        return {"transform/moved": moved.item(), "transform/grad": 0.0 if self.grad is None else self.grad.item()}
 
 # %% ../../nbs/08_train/07_loop.ipynb #cell-009
 class PairTrainer(Trainer):
@@ -244,7 +243,7 @@ class PairTrainer(Trainer):
     ) -> torch.Tensor: # "b"
         "The loss as it is made at the steps that end early."
         nobody = torch.full_like(pi.logp_cho, torch.nan)
-        return self.method.loss_fn(replace(pi, logp_cho=nobody, logp_rej=nobody), ref)[0]
+        return self.method.loss_fn(replace(pi, logp_cho=nobody, logp_rej=nobody), ref, self.done)[0]
 
     def go(self,
         point:Path|None, # checkpoint to go on from
@@ -271,7 +270,7 @@ class PairTrainer(Trainer):
     def before_update(self, model:nn.Module) -> None:
         "Between the last backward of a step and the clipping: a rule edits the gradients, and a transform's are clipped by themselves."
         if self.rule: self.ruled = self.rule.before_step(self.accelerator.unwrap_model(model))
-        if self.learned: self.learned.grad = nn.utils.clip_grad_norm_(self.feed.view.transform.parameters(), self.config.clip or float("inf"))
+        if self.learned: self.learned.grad = nn.utils.clip_grad_norm_(self.learned.transform.parameters(), self.config.clip or float("inf"))
 
     def _clip_grad_norm(self, model):
         self.before_update(model)

@@ -28,7 +28,7 @@ from ..states.layout import cheapest
 from .adapter import add_adapter
 from .checks import gradient_norms
 from .config import TrainConfig
-from .feed import View, make_view, pair_order
+from .feed import View, make_view, own_reference, pair_order
 from .intervene import Intervened, Intervention, _on_input, _on_output
 from .ledger import Ledger, blank, pretence, tensors_of, twin, weight_bytes
 from .method import Method
@@ -198,7 +198,7 @@ class Rehearsal:
         for block in blocks_of(self.model): block.training = self.plan.config.checkpointing
         with ledger, still(self.model):
             pi = self.view.policy(self.model, batch)
-            gradient_norms({"loss": loss_of(self.plan.method, pi, pi.map(lambda x: x.detach().clone()))}, self.learn)
+            gradient_norms({"loss": loss_of(self.plan.method, pi, own_reference(self.plan.method, pi))}, self.learn)
         return ledger.mark()
 
     def step(self, batch:PairBatch, accumulate:bool) -> dict[str, Worst]:
@@ -216,7 +216,7 @@ class Rehearsal:
                 ledger.kind = "activations"
                 pi = self.view.policy(model, batch, "aside" if plan.early else True)
             finally: vars(model).pop("forward", None)
-            loss = loss_of(plan.method, pi, ref or pi.map(lambda x: x.detach().clone()))
+            loss = loss_of(plan.method, pi, ref or own_reference(plan.method, pi))
             forward = ledger.mark()
             if not apart:
                 gradient_norms({"loss": loss}, self.learn)

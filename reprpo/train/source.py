@@ -58,7 +58,7 @@ def make_transform(
     parts, widths = transform_parts(method), {s: site_width(model, s) for s in sites}
     try:
         transform = parts[0][0](widths, **parts[0][1]) if len(parts) == 1 else Chain(widths, parts)
-        transform.fit(make_source(model, sites, method.reduce, tokens))
+        captured = tuple(dict.fromkeys([*sites, f"hs.{len(blocks_of(model))}"])) if transform.last else tuple(sites)
+        transform.fit(make_source(model, captured, method.reduce, tokens))
     except UserError as e: raise UserError(f"{method.label}: {e}") from None
-    extra = [f"hs.{len(blocks_of(model))}"] if transform.last else []
-    return transform.to(bare(model).device).eval(), tuple(dict.fromkeys([*sites, *extra]))
+    return transform.to(bare(model).device).eval(), captured

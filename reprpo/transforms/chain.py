@@ -57,9 +57,9 @@ class Chain(Transform):
         self.made_from = tuple(parts)
         self.parts = nn.ModuleList(make_part(part, self.widths) for part in parts)
         self.linear, self.last = all(part.linear for part in self.parts), any(part.last for part in self.parts)
-        if sum(part.last for part in self.parts) > 1:
-            raise UserError(f"{' + '.join(type(part).__name__ for part in self.parts)}: more than one reads the last block's output, "
-                            "and the first of them leaves it out; use one of them")
+        if late := next((part for part in self.parts[1:] if part.last), None):
+            raise UserError(f"{type(late).__name__} compares states with the last block's output as the model made it, "
+                            "so it goes first in a chain; change the order")
 
     def fit(self, source: Source) -> None:
         "Fit each part on what comes out of the ones before; make it anew where these leave other sites."
@@ -67,7 +67,9 @@ class Chain(Transform):
         for i, part in enumerate(self.parts):
             if part is not self.made_from[i] and widths != part.widths: part = self.parts[i] = make_part(self.made_from[i], widths)
             part.fit(source)
-            if i + 1 < len(self.parts): widths, source = widths_after(part, widths), after(part, source)
+            if i + 1 == len(self.parts): return
+            end = {f"hs.{source.layers}": next(iter(widths.values()))} if part.last else {}
+            widths, source = widths_after(part, {**widths, **end}), after(part, source)
 
     def forward(self, states: dict[str, Float[Tensor, "... h"]]) -> dict[str, Float[Tensor, "... h"]]:
         for part in self.parts: states = part(states)
