@@ -1,7 +1,7 @@
 """Turn the executed notebooks into pages that Sphinx renders: python docs/prepare.py nbs docs/_pages
 
 An exported cell becomes one entry per public name (signature, parameter table, source link) with its code folded below it; hidden
-cells go; a name in backticks becomes a link to its entry; the index gets one list of pages per folder of `nbs/`; pictures of `files/` come along.
+cells go; a name in backticks becomes a link to its entry; the index gets one list of pages per folder of `nbs/`.
 """
 import ast
 import re
@@ -29,7 +29,6 @@ CAPTIONS = {
     "13_speed": "Speed",
 }
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(?P<body>.+?)\s*$")
-PICTURE = re.compile(r"(!\[[^\]]*\]\()\.\./((?:\.\./)*files/[\w./-]+\.svg\))")
 TICKED = re.compile(r"(?<![`\[\w{}])`([A-Za-z_][\w.]*)`(?!`|\])")
 ROLES = {ast.ClassDef: "autoclass", ast.FunctionDef: "autofunction"}
 
@@ -115,7 +114,7 @@ def page(notebook, names: dict[str, list[str]]):
     for cell in notebook.cells:
         found = directives(cell.source) if cell.cell_type == "code" else {}
         if cell.cell_type == "markdown":
-            cell.source = PICTURE.sub(r"\1\2", link(cell.source, names, module))
+            cell.source = link(cell.source, names, module)
             cells.append(cell)
         elif found.keys() & {"hide", "default_exp"} or found.get("include") == "false": continue
         elif found.keys() & {"export", "exports"}: cells += exported(cell, module)
@@ -153,7 +152,6 @@ def main(source: str, target: str) -> None:
         for i, cell in enumerate(notebook.cells): cell.id = f"c{i}"
         write_if_changed(target / path, nbformat.writes(notebook))
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"): write_if_changed(target / name, (source.parent / name).read_text(encoding="utf-8"))
-    for path in (source.parent / "files").glob("*.svg"): write_if_changed(target / "files" / path.name, path.read_text(encoding="utf-8"))
     kept = {target / path for path in pages}
     for path in target.rglob("*.ipynb"):
         if path not in kept: path.unlink()
