@@ -169,11 +169,11 @@ class Methods:
 # %% ../nbs/10_experiments/05_commands.ipynb #cell-007
 def _train(a) -> int:
     check(a)
+    print(f"{a.method} on {a.train}; then base and adapter are scored on the same rows. All of it is kept in {a.out}.", flush=True)
     from reprpo.experiments.evaluate import train_one
     from reprpo.experiments.jobs import clock
     from reprpo.judge.report import text_table
     start = time.perf_counter()
-    print(f"{a.method} on {a.train}; then base and adapter are scored on the same rows. All of it is kept in {a.out}.", flush=True)
     print(f"\n{text_table(train_one(a))}\n\n{a.out}/, after {clock(time.perf_counter() - start)}; reprpo judge {a.out} tries it on rows it has not seen")
     return 0
 
@@ -183,6 +183,7 @@ def _compare(a) -> int:
     return compare_command(a)
 
 def _demo(a) -> int:
+    print("DPO and two methods on hidden states learn facts of a small world, and are asked about other things. Nothing is downloaded.", flush=True)
     from reprpo.experiments.compare import demo
     return demo(a.out, a.jobs, a.device)
 

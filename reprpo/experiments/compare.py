@@ -219,5 +219,4 @@ def demo(
 ) -> int:                    # exit status
     "The command `reprpo demo`: a small comparison on the embedded world."
     sets = tuple(f"world:{s}/test" for s in DEMO_SETS)
-    tell("a demonstration on the embedded world: dpo and two methods on hidden states learn facts, and are asked about more; nothing is downloaded")
     return compare_command(make_config(CompareConfig, **DEMO, eval=sets, out=out, jobs=jobs, device=device))

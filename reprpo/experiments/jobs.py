@@ -180,7 +180,7 @@ def time_left(
 ) -> float:         # seconds
     "What the others will take: processes in the middle of a run have done a part of it already, on average a half."
     each = (work or spent * processes) / done
-    return max(each * n / processes - spent, 0.5 * each * (n - done) / processes)
+    return max(each * n / processes - spent, 0.5 * each * (n - done) / processes) if done < n else 0.0
 
 def follow(
     answers,                   # (job, answer) as they finish
