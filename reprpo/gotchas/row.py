@@ -23,7 +23,7 @@ class Gotcha:
     @property
     def row(self) -> str:
         "One line of a table: the name with its anchor, then the four texts, then the guards."
-        head = f'<a id="{self.name}"></a>**{self.symptom}** [#](#{self.name})'
+        head = f'<a id="{self.name}"></a>**{self.symptom}** <a href="#{self.name}" title="{self.name}">¶</a>'
         return f"| {head} | {self.cause} | {self.wrong} | {self.right} <br>Guarded by {'; '.join(map(guard, self.guards))}. |"
 
 # %% ../../nbs/14_gotchas/00_gotchas.ipynb #cell-007
