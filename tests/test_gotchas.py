@@ -16,7 +16,7 @@ from reprpo.gotchas.table import GOTCHAS, THEMES, address
 
 ROOT = Path(__file__).parent.parent
 GUARDS = sorted({(name, guard) for name, g in GOTCHAS.items() for guard in g.guards})
-ASSERTS = re.compile(r"^\s*(?:[^#\n]*[:\s])?(?:assert |test_\w+\(|(?:with )?expect_fail\()", re.MULTILINE)
+ASSERTS = re.compile(r"^\s*(?:[^#\n]*[:\s])?(?:assert |test_\w+\(|with expect_fail\()", re.MULTILINE)
 PAINS = {  # what has hurt, in words: its rows
     "the adapter that was trained is not the one in use": ["wrong-adapter", "not-the-base"],
     "a saved adapter was judged as a fresh one": ["untrained-adapter"],

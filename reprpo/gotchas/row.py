@@ -27,7 +27,8 @@ class Gotcha:
         return f"| {head} | {self.cause} | {self.wrong} | {self.right} <br>Guarded by {'; '.join(map(guard, self.guards))}. |"
 
 # %% ../../nbs/14_gotchas/00_gotchas.ipynb #cell-007
-def slug(heading: str) -> str:
+def slug(heading: str, # as it is written
+        ) -> str:      # what its address ends with
     "The anchor of a heading."
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 

@@ -19,7 +19,8 @@ THEMES = (DATA, STATES, LOSSES, TRAINING, JUDGING)
 GOTCHAS: dict[str, Gotcha] = {g.name: g for t in THEMES for g in t.rows}
 
 
-def address(name: str) -> str: # a name in GOTCHAS -> where its row is on the site
+def address(name: str, # a name in GOTCHAS
+           ) -> str:   # where its row is on the site
     "The web address of a row."
     from reprpo._modidx import d
     found = [t.anchor(name) for t in THEMES if any(g.name == name for g in t.rows)]
