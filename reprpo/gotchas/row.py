@@ -24,7 +24,7 @@ class Gotcha:
     def row(self) -> str:
         "One line of a table: the name with its anchor, then the four texts, then the guards."
         head = f'<a id="{self.name}"></a>**{self.symptom}** <a href="#{self.name}" title="{self.name}">¶</a>'
-        return f"| {head} | {self.cause} | {self.wrong} | {self.right} <br>Guarded by {'; '.join(map(guard, self.guards))}. |"
+        return f"| {head} | {self.cause} | {self.wrong} | {self.right} <br><small>Guarded by {'; '.join(map(guard, self.guards))}.</small> |"
 
 # %% ../../nbs/14_gotchas/00_gotchas.ipynb #cell-007
 def slug(heading: str, # as it is written
@@ -37,7 +37,7 @@ def guard(text: str, # "tests/FILE.py: TEST" or "nbs/PAGE.ipynb: HEADING"
          ) -> str:   # Markdown
     "A guard as one reads it, a page with its link."
     file, _, name = text.partition(": ")
-    if file.startswith("tests/"): return f"`{name}` in `{file}`"
+    if file.startswith("tests/"): return f'<span title="{file}">{name.replace("_", " ")}</span>'
     return f"[{name}](../{file.removeprefix('nbs/')}#{slug(name)})"
 
 # %% ../../nbs/14_gotchas/00_gotchas.ipynb #cell-010
