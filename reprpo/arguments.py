@@ -8,6 +8,7 @@ __all__ = ['parse']
 # %% ../nbs/10_experiments/05_arguments.ipynb #cell-002
 import contextlib
 import io
+import textwrap
 from dataclasses import fields
 from typing import Literal, get_args, get_origin
 
@@ -51,6 +52,11 @@ def _check_value(option: str, field, values: list[str]) -> None:
             try: kind(values[0])
             except ValueError: raise UserError(f"{option} takes {name}, not '{values[0]}'") from None
 
+def _about(says: str, example: str) -> str:
+    "What stands above the options, on 80 columns; tyro joins lines that begin with a letter."
+    lines = textwrap.fill(says, 78, initial_indent="  ", subsequent_indent="  ")
+    return lines + (f"\n\nExample:\n{textwrap.indent(f'$ {example}', '  ')}" if example else "")
+
 def parse(
     kind:type,        # dataclass of the command
     argv:list[str],   # the words after the command
@@ -59,7 +65,7 @@ def parse(
 ):                    # an instance, or SystemExit(0) after --help
     "The words of one command as its dataclass."
     import tyro
-    describe = f"{kind.__doc__}\n\nExample:\n  $ {example}" if example else kind.__doc__
+    describe = _about(kind.__doc__, example)
     if "-h" in argv or "--help" in argv: return tyro.cli(kind, args=["--help"], prog=prog, description=describe)
     known = {"--" + f.name.replace("_", "-"): f for f in fields(kind) if "Positional" not in str(f.type)}
     known |= {"--no-" + o[2:]: f for o, f in list(known.items()) if f.type is bool}

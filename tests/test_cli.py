@@ -88,11 +88,13 @@ def test_help_is_instant_and_narrow():
 
 
 @pytest.mark.parametrize("name", ["demo", "train", "compare", "evaluate", "report", "power", "methods", "pairs show", "world train", "world sample",
-                                  "world check", "world controls", "pairs lint", "pairs split", "judge", "merge", "doctor"])
+                                  "world check", "world controls", "pairs lint", "pairs split", "judge", "merge", "doctor", "pairs", "world"])
 def test_every_command_has_help(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert call([*name.split(), "--help"]) == 0
-    assert f"reprpo {name}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"usage: reprpo {name}" in out and f"$ reprpo {name}" in out
+    assert [line for line in out.splitlines() if len(line) > 80] == []
 
 
 @pytest.mark.parametrize("argv,parts", [

@@ -8,13 +8,14 @@ __all__ = ['DEMO', 'DEMO_SETS', 'with_controls', 'judge_base', 'tune', 'hire', '
 
 # %% ../../nbs/10_experiments/04_compare.ipynb #cell-002
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import UserError
 from .config import CompareConfig, check_folder, make_config, shared
-from .jobs import count, do_all, how_many, locked, plan_runs, plan_tuning
+from .jobs import clock, count, do_all, how_many, locked, plan_runs, plan_tuning
 from .measure import Probe, make_probe, score_sets, write_lines
 from .prepare import Bench, fill_references, load_data, look, prepare
 from .register import confirm, make_plan, record_plan
@@ -114,9 +115,12 @@ def conduct(
         for line in describe(config, bench, parsed, settled.cut): say(line)
         (out/"logs").mkdir(exist_ok=True)
         with hire(config, bench, parsed, methods) as crew:
+            first, start = not is_done(out/"base"), time.perf_counter()
+            if first: say(f"the base model is scored and the reference stored, once; what is finished is kept in {out}, and the same command goes on")
             with quiet(out/"logs"/"here.txt"):
                 probe = judge_base(bench, out, config.frontier or bool(grid))
                 fill_references(bench, views)
+            if first: say(f"that took {clock(time.perf_counter() - start)}; now the runs, and with each the time that is left")
             lrs, failed = tune(config, bench, parsed, crew, probe, say)
             lost = {m.label for m in parsed if tuned_as(m) in to_tune(config, parsed) and m.label not in lrs}
             todo = [j for j in plan_runs(config, parsed, lrs) if j.method not in lost and not is_done(j.folder)]
@@ -194,7 +198,7 @@ def compare_command(
 ) -> int:                 # exit status
     "The command `reprpo compare`."
     results = finish(conduct(config, config.methods, say=tell), score=config.score, ceilings=config.ceilings)
-    if results.tables: tell(f"\n{results}\n\n{results.out/'summary.json'}\n{results.out/'report.html'}")
+    if results.tables: tell(f"\n{results}\n\nas data:   {results.out/'summary.json'}\nas a page: {results.out/'report.html'}")
     if not results.failed: return 0
     reasons = "; ".join(f"{k} ({v})" for k, v in results.failed.items())
     print(f"reprpo: {count(len(results.failed), 'run')} failed: {reasons}", file=sys.stderr)

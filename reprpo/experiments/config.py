@@ -84,7 +84,7 @@ FREE = ("out", "jobs", "stack", "score", "ceilings", "layout")  # keys that may 
 
 @dataclass(frozen=True)
 class CompareConfig(RunConfig):
-    "Methods x seeds under one configuration."
+    "Train every method with every seed on the same pairs, and judge all on the same rows. What is finished is kept; the same command goes on."
     # such as dpo dpo:beta=0.5 hs-none-inner:align=cross_sim (see `reprpo methods`)
     methods: Positional[Annotated[tuple[str, ...], arg(metavar="METHOD...", help_behavior_hint="")]] = ()
     seeds: Annotated[int, N] = 10  # how many seeds: seed, seed+1, ...; fewer than 6 give no verdict
@@ -103,7 +103,7 @@ class CompareConfig(RunConfig):
 
 @dataclass(frozen=True)
 class TrainOne(RunConfig):
-    "One method, one seed, one run folder."
+    "Train one method with one seed, and score it beside its base: one run folder, no verdict."
     # such as dpo:beta=0.1 (see `reprpo methods`)
     method: Positional[Annotated[str, arg(metavar="METHOD", help_behavior_hint="")]] = ""
     out: Annotated[str, arg(metavar="DIR")] = "reprpo-run"  # run folder to make

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Job', 'plan_runs', 'plan_tuning', 'locked', 'in_units', 'time_of', 'sizes', 'start_worker', 'do_job', 'do_runs',
-           'count', 'clock', 'named', 'follow', 'do_all', 'how_many']
+           'count', 'clock', 'named', 'time_left', 'follow', 'do_all', 'how_many']
 
 # %% ../../nbs/10_experiments/02_jobs.ipynb #cell-002
 import os
@@ -171,20 +171,32 @@ def named(
     if jobs[0].tuning: return f"tuning {jobs[0].method}, {len(jobs)} runs"
     return f"{jobs[0].method}, seeds {', '.join(str(j.seed) for j in jobs)}"
 
+def time_left(
+    work:float,     # seconds that the finished runs took, each in its process
+    done:int,       # of them
+    n:int,          # runs in all
+    processes:int,  # that work at once
+    spent:float,    # seconds since the start
+) -> float:         # seconds
+    "What the others will take: processes in the middle of a run have done a part of it already, on average a half."
+    each = (work or spent * processes) / done
+    return max(each * n / processes - spent, 0.5 * each * (n - done) / processes) if done < n else 0.0
+
 def follow(
     answers,                   # (job, answer) as they finish
     units:list[list[Job]],     # the runs of each job
     say:Callable,
+    processes:int=1,           # that work on them
 ) -> dict[str, str]:           # run -> reason, of those that failed
     "One line for every finished job, with the time that is left; collect what failed."
-    start, failed, done, n = time.perf_counter(), {}, 0, sum(map(len, units))
+    start, failed, done, n, work = time.perf_counter(), {}, 0, sum(map(len, units)), 0.0
     runs = {str(unit[0].folder): unit for unit in units}
     for job, answer in answers:
         unit, spent = runs[job["runs"][0]["folder"]], time.perf_counter() - start
         lost = answer.get("failed", {}) if answer["ok"] else {str(j.folder): answer["error"] for j in unit}
         failed |= {str(j): lost[str(j.folder)] for j in unit if str(j.folder) in lost}
-        done += len(unit)
-        left = spent / done * (n - done)
+        done, work = done + len(unit), work + answer.get("seconds", 0.0)
+        left = time_left(work, done, n, processes, spent)
         if answer.get("parted"): say(f"{named(unit)}: done one by one, as together they failed: {answer['parted']}")
         what = f"{answer['seconds']:.0f} s" if answer["ok"] else f"FAILED: {answer['error']}"
         if answer["ok"] and lost: what += f", {len(lost)} FAILED: {next(iter(lost.values()))}"
@@ -208,7 +220,7 @@ def do_all(
     if not todo: return {}
     bundle = dict(config=bench.config, data=bench.data, tokens=bench.token_sets, probe=probe, threads=1)
     answers = crew.do(todo, bundle) if crew.workers else do_here(todo, lambda job: do_job(bench, job, probe, known), log/"here.txt")
-    failed = follow(answers, units, say)
+    failed = follow(answers, units, say, max(1, len(crew.workers)))
     for left in (x for folder in {j.folder.parent for j in jobs} for x in folder.glob(".stack-*")): shutil.rmtree(left)
     return failed
 
