@@ -13,6 +13,7 @@ from textwrap import fill, indent
 from .arguments import parse
 from .commands import RUN
 from .errors import UserError, unknown
+from .gotchas.table import GOTCHAS, address
 
 # %% ../nbs/10_experiments/06_cli.ipynb #cell-005
 COMMANDS = {
@@ -89,7 +90,7 @@ def call(
     "Run one command; every error is one line on stderr."
     try: return _dispatch(list(argv)) or 0
     except UserError as e:
-        print(f"reprpo: {e}", file=sys.stderr)
+        print(f"reprpo: {e}" + (f" (see {address(e.gotcha)})" if e.gotcha in GOTCHAS else ""), file=sys.stderr)
         return 2
     except SystemExit as e: return e.code if isinstance(e.code, int) else 0 if e.code is None else 2
     except KeyboardInterrupt:

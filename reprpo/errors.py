@@ -14,7 +14,10 @@ class UserError(Exception):
     "A mistake in what the user gave us; its message is one line: what is wrong, where, what to do."
     def __init__(self,
         message:str, # what is wrong, where (file, row, option), what to do; white space is folded to single spaces
-    ): super().__init__(" ".join(str(message).split()))
+        gotcha:str|None=None, # name of its row in `gotchas`, where symptom and cause are told; the command line adds the address
+    ):
+        super().__init__(" ".join(str(message).split()))
+        self.gotcha = gotcha
 
 # %% ../nbs/00_core/00_errors.ipynb #cell-008
 def closest(

@@ -16,7 +16,7 @@ NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_c
 MODULES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "reprpo").rglob("*.py")) if path.name != "_modidx.py"}
 ORDER = ["core", "world", "pairs", "states", "decompose", ("transforms", "losses", "gradients", "directions"), "train", "judge", ("stories", "pause"),
          "experiments", "arguments", "commands", "cli"]
-CORE = {"errors", "io", "seeds", "models", "plots"}
+CORE = {"errors", "io", "seeds", "models", "plots", "gotchas"}
 FRONT = {"__init__", "__main__"}
 TENSORS_ONLY = {"transforms", "losses", "gradients", "directions"}
 

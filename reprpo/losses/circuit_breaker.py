@@ -32,7 +32,8 @@ BREAKS = {f.__name__: f for f in (projection, cos)}
 def schedule(progress: float, # share of the run's steps that is done, 0 … 1
             ) -> tuple[float, float]:
     "Weights of reroute and retain: 1 and 0 at the start, a half each at the end (Zou et al. 2024, algorithm 1)."
-    if not 0 <= progress <= 1: raise UserError(f"progress={progress}: is the share of the run's steps that is done, from 0 to 1; training sets it")
+    if not 0 <= progress <= 1:
+        raise UserError(f"progress={progress}: is the share of the run's steps that is done, from 0 to 1; training sets it", gotcha="miscounted-schedule")
     return 1 - progress / 2, progress / 2
 
 

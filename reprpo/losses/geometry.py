@@ -71,7 +71,7 @@ def check_pooled(pi: States, ref: States, site: str) -> int:
     shapes = [tuple(side[site].shape) for side in (pi.cho, pi.rej, ref.cho, ref.rej)]
     if len(set(shapes)) > 1 or len(shapes[0]) != 2:
         raise UserError(f"site {site}: losses need pooled states (b h), the same in policy and reference; "
-                        f"got policy {shapes[:2]}, reference {shapes[2:]}")
+                        f"got policy {shapes[:2]}, reference {shapes[2:]}", gotcha="unpaired-tokens")
     return shapes[0][-1]
 
 

@@ -206,5 +206,6 @@ def find_align(align: str,           # a name in ALIGN, or with leave in LEGACY
         if legacy: raise UserError(f"option legacy=true: align={align} is sound and needs no leave; drop legacy=true")
         return ALIGN[align]
     if align not in LEGACY: raise unknown("align", align, [*ALIGN, *LEGACY] if legacy else ALIGN)
-    if not legacy: raise UserError(f"align={align} is not sound: {LEGACY[align].__doc__}; to repeat an earlier run with it, add legacy=true")
+    if not legacy:
+        raise UserError(f"align={align} is not sound: {LEGACY[align].__doc__}; to repeat an earlier run with it, add legacy=true", gotcha="wrong-sign")
     return LEGACY[align]

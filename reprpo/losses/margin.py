@@ -19,7 +19,7 @@ def check_pairs(pi: States, ref: States) -> None:
     shapes = {f"{who}.{x}": tuple(getattr(s, x).shape) for who, s in (("pi", pi), ("ref", ref)) for x in names}
     if len(set(shapes.values())) > 1 or len(shapes["pi.logp_cho"]) != 1:
         raise UserError(f"losses need one log-probability for each pair, shape (b), in policy and reference; "
-                        f"got {shapes}: sum over tokens first")
+                        f"got {shapes}: sum over tokens first", gotcha="silent-broadcast")
 
 
 def positive(name: str, value: float) -> None:

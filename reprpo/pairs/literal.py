@@ -121,6 +121,7 @@ def encode_parts(
         parts = tuple((role, _rename(text, names) if role in OWN else text) for role, text in rows[i])
         encoding = renamed(tokenizer, names).encode("".join(text for _, text in parts), add_special_tokens=False)
         if not right(i, encoding.ids):
-            raise UserError(f"{at[i]} has special tokens that its template did not write; remove the names of special tokens from its text")
+            raise UserError(f"{at[i]} has special tokens that its template did not write; remove the names of special tokens from its text",
+                            gotcha="special-token-text")
         done[i] = _read(parts, encoding.ids, encoding.offsets)
     return [done[i] for i in range(len(rows))]

@@ -235,7 +235,7 @@ def check_row(
     before, prompt, chosen, rejected = _parts(row, spec.columns[:3], at)
     for name, text in zip(spec.columns[1:3], (chosen, rejected)):
         if not text.strip(): raise UserError(f"{at}: the {name} answer is empty; remove the row")
-    if chosen == rejected: raise UserError(f"{at}: both answers are the same ('{chosen[:40]}'); remove the row")
+    if chosen == rejected: raise UserError(f"{at}: both answers are the same ('{chosen[:40]}'); remove the row", gotcha="same-answers")
     if spec.sep and prompt and not prompt[-1].isspace():
         chosen, rejected = (t if t[0].isspace() else spec.sep + t for t in (chosen, rejected))
     kind, key = (_name(row, column, at) for column in (spec.columns[3], "key"))

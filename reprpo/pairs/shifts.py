@@ -130,6 +130,6 @@ def suite(
     if name not in names:
         raise UserError(f"no shifts are known for training on '{train}'; give --eval, or train on a set that has some{nearest(name or '', names)}")
     if spec and (spec.path, spec.config) in INVERTED and spec.flip is not True:
-        raise UserError(f"the labels of {spec.path}:{spec.config} are inverted; train on '{spec},flip'")
+        raise UserError(f"the labels of {spec.path}:{spec.config} are inverted; train on '{spec},flip'", gotcha="inverted-labels")
     if spec and spec.split.startswith("test") and name in GENIES_SETS: raise UserError(f"'{spec}' is the in-domain test set; train on genies:{name}#train")
     return [(s.target, s.polarity, s.spec, s.role) for s in SHIFTS if s.train == name and (s.core or not core or s.category in ("", "alignment", "orthogonal"))]

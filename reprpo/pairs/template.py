@@ -49,7 +49,7 @@ def template_of(
 
 def _name(tokenizer) -> str: return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
 
-def _fault(tokenizer, at:str, what:str) -> UserError: return UserError(f"{at}: the chat template of {_name(tokenizer)} {what}")
+def _fault(tokenizer, at:str, what:str) -> UserError: return UserError(f"{at}: the chat template of {_name(tokenizer)} {what}", gotcha="template-rewrites")
 
 # %% ../../nbs/02_pairs/02_template.ipynb #c07
 def read_template_options(

@@ -91,7 +91,7 @@ def check_tokenizer(tokenizer) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"the tokenizer of {name} is a slow one without character offsets; load its fast form (use_fast=True)")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name} has no end-of-sequence token, which every answer ends with; set tokenizer.eos_token")
+        raise UserError(f"the tokenizer of {name} has no end-of-sequence token, which every answer ends with; set tokenizer.eos_token", gotcha="no-end-token")
 
 def leading_ids(
     tokenizer,
@@ -134,7 +134,7 @@ def encode(
     for p, *branches in zip(pairs, zip(rows[::2], found[::2]), zip(rows[1::2], found[1::2])):
         ids = [[*lead, *e.ids, *([] if parts[-1][0] == "end" or e.ids and e.ids[-1] == eos else [eos])] for parts, e in branches]
         firsts, fixed = tuple(len(lead) + e.first for _, e in branches), branches[0][1].fixed
-        if ids[0] == ids[1]: raise UserError(f"row {p.row}: both answers have the same tokens; remove the row")
+        if ids[0] == ids[1]: raise UserError(f"row {p.row}: both answers have the same tokens; remove the row", gotcha="same-answers")
         if min(firsts) == 0: raise UserError(f"row {p.row}: no token comes before the answer, so its first cannot be scored; add a prompt")
         yield _join(*ids, firsts, fixed, p), sum(e.straddles for _, e in branches)
 
@@ -180,10 +180,11 @@ def _refuse(r:TruncationReport, max_dropped:float) -> None:
     remedy = "raise --max-length" + ("" if r.on_truncate == "truncate" else ", or cut with --on-truncate truncate")
     limit = f"the longest has {r.longest} tokens, the limit is {r.max_length}"
     if r.on_truncate == "error" and r.too_long:
-        raise UserError(f"{r.label}: {r.too_long} of {r.rows} pairs are too long: {limit}; {remedy}")
-    if not r.kept: raise UserError(f"{r.label}: none of the {r.rows} pairs is left: {limit}; {remedy}")
+        raise UserError(f"{r.label}: {r.too_long} of {r.rows} pairs are too long: {limit}; {remedy}", gotcha="silent-truncation")
+    if not r.kept: raise UserError(f"{r.label}: none of the {r.rows} pairs is left: {limit}; {remedy}", gotcha="silent-truncation")
     if r.dropped > max_dropped*r.rows:
-        raise UserError(f"{r.label}: {r.dropped} of {r.rows} pairs would be dropped, more than {max_dropped:.0%}: {limit}; {remedy}")
+        raise UserError(f"{r.label}: {r.dropped} of {r.rows} pairs would be dropped, more than {max_dropped:.0%}: {limit}; {remedy}",
+                        gotcha="silent-truncation")
 
 def tokenize_pairs(
     pairs:PairSet,

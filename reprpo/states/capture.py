@@ -115,7 +115,7 @@ def _refuse_reentrant(model:nn.Module) -> None:
         if not getattr(block, "gradient_checkpointing", False): continue
         if getattr(getattr(block, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant", True):
             raise UserError("reentrant gradient checkpointing gives captured states no gradient; "
-                            "turn it on with gradient_checkpointing_kwargs={'use_reentrant': False}")
+                            "turn it on with gradient_checkpointing_kwargs={'use_reentrant': False}", gotcha="no-graph")
 
 def _can_stop(model:nn.Module) -> bool:
     "Data-parallel wrappers do work after the forward, so theirs must run to its end."

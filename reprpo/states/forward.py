@@ -232,7 +232,8 @@ def check_head(
         apart = _shared_gap(model, batch) if batch.layout != "concat" else 0.0
     if not gap <= near:
         raise UserError(f"{name} rescales its logits in a way reprpo does not know (log-probabilities differ by {gap:.3g}); "
-                        "only final_logit_softcapping is supported")
+                        "only final_logit_softcapping is supported", gotcha="rescaled-logits")
     if not apart <= near:
-        raise UserError(f"{name} does not follow the mask of layout={batch.layout} (log-probabilities differ by {apart:.3g} nats a token); use layout=concat")
+        raise UserError(f"{name} does not follow the mask of layout={batch.layout} (log-probabilities differ by {apart:.3g} nats a token); use layout=concat",
+                        gotcha="batch-leak")
     return max(gap, apart)

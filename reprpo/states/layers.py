@@ -30,7 +30,7 @@ def layer_index(
     k = int((value*n_layers).to_integral_value(ROUND_FLOOR)) if share else int(value)
     if value < 0: k += n_layers
     if not 0 <= k <= n_layers:
-        raise UserError(f"layers: {text} is layer {k} of a model with {n_layers} blocks; it must lie between 0 and {n_layers}")
+        raise UserError(f"layers: {text} is layer {k} of a model with {n_layers} blocks; it must lie between 0 and {n_layers}", gotcha="layers-drift")
     return k
 
 # %% ../../nbs/03_states/00_layers.ipynb #cell-009

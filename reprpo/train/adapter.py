@@ -37,7 +37,7 @@ def lora_config(
     why = "with it, adapter off is not the base model, so it cannot be its own reference"
     if not isinstance(cfg, LoraConfig): raise UserError(f"adapter type {type(cfg).__name__} is not supported; use LoRA or rsLoRA")
     if cfg.init_lora_weights not in (True, "gaussian"):
-        raise UserError(f"init_lora_weights={cfg.init_lora_weights!r} is refused: {why}; leave it at True")
+        raise UserError(f"init_lora_weights={cfg.init_lora_weights!r} is refused: {why}; leave it at True", gotcha="not-the-base")
     if cfg.use_dora: raise UserError("use_dora is refused: only LoRA and rsLoRA start at exactly zero; set use_dora=False")
     if cfg.bias != "none" or cfg.modules_to_save: raise UserError(f"bias or modules_to_save is refused: {why}; leave both unset")
     return cfg
@@ -140,7 +140,7 @@ def check_trained(
         if model.moves: return
         raise UserError(f"the {model.intervention.kind} in '{where}' changes nothing: it was never trained, or was not loaded")
     if not any(p.detach().any() for n, p in model.named_parameters() if "lora_B" in n):
-        raise UserError(f"every LoRA B in '{where}' is zero: this adapter was never trained, or was not loaded")
+        raise UserError(f"every LoRA B in '{where}' is zero: this adapter was never trained, or was not loaded", gotcha="untrained-adapter")
 
 def put_adapter(
     model:nn.Module,            # the base model; **changed in place**, `remove_adapter` undoes it

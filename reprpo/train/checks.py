@@ -43,7 +43,7 @@ def check_base(
     before:str,      # base_checksum at its start
 ) -> None:
     "The base weights are bit-identical to what they were."
-    if base_checksum(model) != before: raise UserError("the base model's weights changed during training; only the adapter may change")
+    if base_checksum(model) != before: raise UserError("the base model's weights changed during training; only the adapter may change", gotcha="wrong-adapter")
 
 def check_optimised(
     model:nn.Module,   # with an adapter
@@ -54,9 +54,9 @@ def check_optimised(
     ours = adapter_params(model)
     missing = [n for n, p in ours.items() if id(p) not in held]
     if not ours: raise UserError("the model has no trainable adapter weights; call add_adapter before training")
-    if missing: raise UserError(f"{len(missing)} adapter weights are missing from the optimiser, first {missing[0]}")
+    if missing: raise UserError(f"{len(missing)} adapter weights are missing from the optimiser, first {missing[0]}", gotcha="wrong-adapter")
     stray = [n for n, p in model.named_parameters() if id(p) in held and base_name(n) is not None]
-    if stray: raise UserError(f"the optimiser holds {len(stray)} base weights, first {stray[0]}; freeze them before training")
+    if stray: raise UserError(f"the optimiser holds {len(stray)} base weights, first {stray[0]}; freeze them before training", gotcha="wrong-adapter")
 
 def check_gradient(
     model:nn.Module, # after the first backward
@@ -65,7 +65,7 @@ def check_gradient(
     "Some adapter weight has a gradient."
     if not any(p.grad is not None and bool(p.grad.any()) for p in adapter_params(model).values()):
         raise UserError(f"nothing can be learned: after the first backward every gradient of the adapter is 0 ({label}); "
-                        "give the method a term that teaches, or targets that the loss depends on")
+                        "give the method a term that teaches, or targets that the loss depends on", gotcha="no-graph")
 
 # %% ../../nbs/08_train/04_checks.ipynb #cell-010
 def nudge(
@@ -239,9 +239,10 @@ def check_step_zero(
         raise UserError(f"the policy is not the reference at step 0: log-probs differ by {zero.drift:.2g} nats; is the adapter's B zero?")
     near = 1e-3 if exact else 1.0
     if not zero.cached <= near:
-        raise UserError(f"the stored reference is {zero.cached:.2g} nats from the policy at step 0; delete the cache, or use reference='live'")
+        raise UserError(f"the stored reference is {zero.cached:.2g} nats from the policy at step 0; delete the cache, or use reference='live'",
+                        gotcha="stale-reference")
     bad = [r["term"] for r in zero.rows if not math.isfinite(r["value"]) or not math.isfinite(r["gradient"])]
-    if bad: raise UserError(f"{zero.label}: term '{bad[0]}' or its gradient is not finite at step 0")
+    if bad: raise UserError(f"{zero.label}: term '{bad[0]}' or its gradient is not finite at step 0", gotcha="length-at-zero")
     if zero.step_class == "regulariser":
         raise UserError(f"nothing can be learned: the loss of {zero.label} is at its optimum while the policy is the reference; "
-                        "add a term that teaches, such as outer=ipo")
+                        "add a term that teaches, such as outer=ipo", gotcha="starts-at-optimum")

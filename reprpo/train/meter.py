@@ -101,10 +101,10 @@ class Watch:
                             "write needs_logps = True on the function")
         if steep < step:
             raise UserError(f"{label}: the gradient is not finite at step {steep:.0f} though the loss is; "
-                            "look for a root or a logarithm at 0 in its terms")
+                            "look for a root or a logarithm at 0 in its terms", gotcha="length-at-zero")
         if found:
             raise UserError(f"{label}: {name} is not finite at step {step}, {where(row)}; "
-                            "lower the learning rate, or look at that row and at the term's denominators")
+                            "lower the learning rate, or look at that row and at the term's denominators", gotcha="not-finite")
 
 # %% ../../nbs/08_train/05_meter.ipynb #cell-013
 class Meter:

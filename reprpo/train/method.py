@@ -235,7 +235,7 @@ def checked(
     if method.rule:
         from reprpo.train.rules import make_rule
         try: make_rule(method.rule, method.rule_settings)
-        except UserError as e: raise UserError(f"{method.label}: {e}") from None
+        except UserError as e: raise UserError(f"{method.label}: {e}", e.gotcha) from None
     if method.learns: try_out(method)
     plain = [what for what, names in (("the gradient of the reference's margin", "gradient"), ("how far tokens have moved", "moved")) if names in method.reads]
     if plain and method.transform != "none":
@@ -301,8 +301,8 @@ def try_out(
             try: bare = tried(replace(method, options={k: v for k, v in method.options.items() if k != key}))
             except UserError: continue # it can't be left out
             if len(bare) == len(whole) and all(a.equal(b) for a, b in zip(whole, bare)):
-                raise UserError(f"option {key}={value} changes nothing beside the other options; drop it")
-    except UserError as e: raise UserError(f"{method.label}: {e}") from None
+                raise UserError(f"option {key}={value} changes nothing beside the other options; drop it", gotcha="dead-option")
+    except UserError as e: raise UserError(f"{method.label}: {e}", e.gotcha) from None
 
 # %% ../../nbs/08_train/00_method.ipynb #cell-019
 METHODS = tuple(dict(method=m, group=g, step_zero=class_of(m), about=about(m)) for g, ms in NAMED.items() for m in ms)

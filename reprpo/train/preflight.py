@@ -119,7 +119,7 @@ def fit_micro_batch(
     plan = Plan.of(model, tokens, method, config, view, device, reference)
     plan = replace(plan, free=free_memory(plan.device) if free is None else free)
     with rehearsal(plan) as estimate: found = largest(estimate, config.batch_size, plan.free)
-    if not found.fits(plan.free): raise UserError(refusal(plan, found, plan.free))
+    if not found.fits(plan.free): raise UserError(refusal(plan, found, plan.free), gotcha="out-of-memory")
     return found
 
 # %% ../../nbs/08_train/07_preflight.ipynb #p-016
@@ -207,7 +207,7 @@ def preflight(
     except UserError: raise
     except Exception as e: return Preflight(config, text=f"memory: not estimated, as {type(bare(model)).__name__} can't be rehearsed ({type(e).__name__})")
     fits = found.fits(free)
-    if not fits and chosen: raise UserError(refusal(plan, found, free))
+    if not fits and chosen: raise UserError(refusal(plan, found, free), gotcha="out-of-memory")
     told = f"memory: about {size(found.peak)} of {size(free + found.resident)} on {plan.device} at {found.pairs} pairs × {found.length} tokens"
     if chosen and found.pairs < config.batch_size: config = replace(config, micro_batch=found.pairs)
     return Preflight(config, found, f"{told}; micro-batch {found.pairs}" if fits else f"warning: {told}; it may not fit, try a smaller --micro-batch")

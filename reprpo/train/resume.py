@@ -48,7 +48,7 @@ def resume_point(
         changed = [k for k in identity if old.get(k) != identity[k]]
         if changed:
             what = f"{changed[0]} was {old.get(changed[0])}, is {identity[changed[0]]}"
-            raise UserError(f"'{folder}' holds checkpoints of another run ({what}); delete it or choose another out")
+            raise UserError(f"'{folder}' holds checkpoints of another run ({what}); delete it or choose another out", gotcha="lost-log")
     point = newest_checkpoint(folder, main)
     if not main: return point
     step = int(point.name.split("-")[1]) if point else 0

@@ -60,5 +60,5 @@ def make_transform(
         transform = parts[0][0](widths, **parts[0][1]) if len(parts) == 1 else Chain(widths, parts)
         captured = tuple(dict.fromkeys([*sites, f"hs.{len(blocks_of(model))}"])) if transform.last else tuple(sites)
         transform.fit(make_source(model, captured, method.reduce, tokens))
-    except UserError as e: raise UserError(f"{method.label}: {e}") from None
+    except UserError as e: raise UserError(f"{method.label}: {e}", e.gotcha) from None
     return transform.to(bare(model).device).eval(), captured
