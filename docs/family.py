@@ -45,7 +45,8 @@ def explore(home: str) -> None:
     frame = pd.DataFrame([line(results, m, tuned[m]["chosen"]) for m in done]).sort_values("equal", ascending=False)
     atomic_write(OUT / "family.csv", frame.round(4).to_csv(index=False))
     edges = {m: t["edge"] for m, t in tuned.items()}
-    write_json(OUT / "family.manifest.json", manifest(OPTIONS | dict(seeds=5, methods=done), command=COMMAND, edges=edges, failed=results.failed, exploratory=True))
+    told = manifest(OPTIONS | dict(seeds=5, methods=done), command=COMMAND, edges=edges, failed=results.failed, exploratory=True)
+    write_json(OUT / "family.manifest.json", told)
     pack(results, OUT / "family.parquet")
     print(frame.to_string(index=False))
 
