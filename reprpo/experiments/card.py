@@ -136,8 +136,7 @@ def unseen(
     if seen:
         label, n = next(iter(seen.items()))
         total = len(next(e for e in data.evals if e.label == label))
-        raise UserError(f"{n} of {total} rows of '{label}' were trained on ({learnt}); a card needs rows that were held back (evaluate takes any)",
-                        gotcha="leaked-rows")
+        raise UserError(f"{n} of {total} rows of '{label}' were trained on ({learnt}); a card needs rows that were held back (evaluate takes any)")
     used = [s for s in (policy.config.eval if policy.config else ()) if "/val" in s]
     return config, data, source + ("; no row was trained on" if not unsure else "") + (f"; the run was judged on {used[0]} before" if used else "")
 

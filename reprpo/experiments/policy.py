@@ -39,7 +39,7 @@ def _folder_kind(
     if (p/"config.json").exists(): return "model"
     inside = sorted((c for c in p.glob("*") if (c/"adapter_config.json").exists() or (c/"config.json").exists()),
                     key=lambda c: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", c.name)])
-    runs = sorted(c.parent for c in p.glob("runs/*/*/manifest.json"))
+    runs = sorted(c.parent for c in (*p.glob("*/manifest.json"), *p.glob("runs/*/*/manifest.json")))
     hint = f"; name what is in it, such as {(inside or runs)[-1]}" if inside or runs else ""
     raise UserError(f"{p} is no finished run (config.yaml, manifest.json, scores.parquet, adapter), no PEFT adapter (adapter_config.json) "
                     f"and no model (config.json){hint}")
