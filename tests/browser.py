@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -74,8 +75,8 @@ class Tab:
 class Browser:
     "A process of Chromium with a profile of its own; `with Browser() as browser: tab = browser.tab()`."
 
-    def __init__(self, timeout: float = 60):
-        self.timeout = timeout
+    def __init__(self, timeout: float = 120):
+        self.timeout, self.lock = timeout, threading.Lock()
 
     def __enter__(self):
         self.home = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
@@ -94,7 +95,7 @@ class Browser:
         return websocket.create_connection(f"ws://127.0.0.1:{self.port}{path}", timeout=self.timeout, suppress_origin=True)
 
     def tab(self) -> Tab:
-        target = self.root.send("Target.createTarget", url="about:blank", newWindow=True)["targetId"]
+        with self.lock: target = self.root.send("Target.createTarget", url="about:blank", newWindow=True)["targetId"]
         return Tab(f"ws://127.0.0.1:{self.port}/devtools/page/{target}", self.timeout)
 
     def __exit__(self, *_):

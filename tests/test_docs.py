@@ -95,8 +95,8 @@ def test_every_link_and_anchor_works(site):
 
     broken = set()
     for path in site.rglob("*.html"):
-        for link in set(re.findall(r'<a\b[^>]*\bhref="([^"]*)"', read(path))):
-            if re.match(r"\w+:|//", link): continue
+        for link in set(re.findall(r'<\w+\b[^>]*\s(?:href|src)="([^"]*)"', read(path))):
+            if re.match(r"\w+:|//", link) or link.startswith("#svg-"): continue
             name, _, anchor = unquote(html.unescape(link)).partition("#")
             target = (path.parent / name.partition("?")[0]).resolve() if name else path
             if not target.exists() or (anchor and target.suffix == ".html" and anchor not in anchors(target)): broken.add(f"{path.relative_to(site)}: {link}")
@@ -138,6 +138,8 @@ def browser():
 
 def test_a_browser_shows_every_page(site, browser):
     pages = sorted(path.relative_to(site) for path in site.rglob("*.html"))
+    listings = [page for page in pages if page.parts[0] == "_modules"]  # of source code, all alike
+    pages = [page for page in pages if page.parts[0] != "_modules" or page in listings[::10]]
 
     def look(share):
         tab, found = browser.tab(), []
