@@ -45,7 +45,7 @@ def explore(home: str) -> None:
     frame = pd.DataFrame([line(results, m, tuned[m]["chosen"]) for m in done]).sort_values("equal", ascending=False)
     atomic_write(OUT / "family.csv", frame.round(4).to_csv(index=False))
     edges = {m: t["edge"] for m, t in tuned.items()}
-    write_json(OUT / "family.json", manifest(OPTIONS | dict(seeds=5, methods=done), command=COMMAND, edges=edges, failed=results.failed, exploratory=True))
+    write_json(OUT / "family.manifest.json", manifest(OPTIONS | dict(seeds=5, methods=done), command=COMMAND, edges=edges, failed=results.failed, exploratory=True))
     pack(results, OUT / "family.parquet")
     print(frame.to_string(index=False))
 
@@ -63,7 +63,7 @@ def confirm(home: str) -> None:
     options = OPTIONS | dict(seeds=10, eval_n=120, frontier_n=120)
     compare("dpo", *methods, out=home, register=True, **options)
     results = read_results(home).write()
-    write_json(OUT / "family_confirmed.json", summarise(results.judgement) | {"plan": read_json(Path(home) / "plan.json")["hash"]})
+    write_json(OUT / "family_confirmed-verdicts.json", summarise(results.judgement) | {"plan": read_json(Path(home) / "plan.json")["hash"]})
     write_json(OUT / "family_confirmed.manifest.json", manifest(options | dict(methods=["dpo", *methods]), command=f"{COMMAND} confirm"))
     pack(results, OUT / "family_confirmed.parquet")
     print(results.verdicts)

@@ -84,6 +84,14 @@ def test_notebooks_are_pages():
     none_of([f"{relative(path)} needs {fault}" for path in NOTEBOOKS for fault in faults(path)], "a page is not finished:")
 
 
+def test_expected_failures_are_tried():
+    "`expect_fail` is a context manager: called with a function it would do nothing at all."
+    code = [(path, cell) for path in NOTEBOOKS for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    idle = [f"{relative(path)}: {line.strip()}" for path, cell in code for line in text(cell).splitlines()
+            if re.search(r"\bexpect_fail\((?!\))", line) and not re.search(r"\bwith\b.*\bexpect_fail\(", line)]
+    none_of(idle, "write `with expect_fail(…):`, or test_fail(lambda: …):")
+
+
 def functions(tree):
     return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 

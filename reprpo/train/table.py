@@ -75,7 +75,7 @@ LAYERS = "range(0.3,-2)" # which layers a method on states reads, unless it or t
 LR = 1e-3                # the learning rate of a loss that is not in the table
 SHARED = {"lr": float, "steps": int, "repeat": int, "weight": Literal["wpo", "mallows"]}
 BALANCE = {"balance": Literal["fixed", "unit", "share"], "share": float} # of a loss with a part on the outputs and one on the states
-DIRECTION = Literal["means", "random"] # of steer: the difference of means, or a random vector of its length
+DIRECTION = Literal["means", "random", "pca", "logistic", "leace"] # of steer: names in directions.estimate, all of the mean difference's length
 STATES = {"layers": str, "reduce": Literal["mean", "last", "exp", "sum", "mean_unit"]}
 MODULES = {"collect": Literal["in", "out"], "modules": str} # of a side source only
 
