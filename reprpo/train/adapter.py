@@ -124,7 +124,11 @@ def load_adapter(
     if adapter_layers(model): raise UserError("the model already carries an adapter; call remove_adapter(model) first")
     if not edited: lora_config(PeftConfig.from_pretrained(str(folder)))
     with quiet_peft(): peft = load_intervention(model, folder) if edited else PeftModel.from_pretrained(model, str(folder)).eval()
-    if trained: check_trained(peft, folder)
+    try:
+        if trained: check_trained(peft, folder)
+    except UserError:
+        remove_adapter(peft)
+        raise
     return peft
 
 def check_trained(
