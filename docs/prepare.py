@@ -20,6 +20,7 @@ TICKED = re.compile(r"(?<![`\[\w{}])`([A-Za-z_][\w.]*)`(?!`|\])")
 LOCAL = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?\)")
 NUMBER = re.compile(r"[-+−±]?\s*[\d.,]+(e[-+]?\d+)?\s*%?|nan|inf|[-+−]?[\d.,]+ \[.*\]|", re.IGNORECASE)
 PICTURES = {".png", ".svg", ".jpg", ".gif"}
+VOCABULARY = tuple(f"{PACKAGE}.{part}." for part in ("losses", "transforms", "gradients", "directions"))
 ROLES = {ast.ClassDef: "autoclass", ast.FunctionDef: "autofunction"}
 
 
@@ -55,14 +56,20 @@ def options(notebook) -> set[str]:
     return {each.arg for node in nodes for each in (*node.args.args, *node.args.kwonlyargs)}
 
 
-def link(text: str, names: dict[str, list[str]], module: str, own: set[str] = frozenset()) -> str:
-    "Backticked names as references, where the name is this page's own or means one thing only; not those of the page's parameters."
+def imported(notebook) -> set[str]:
+    "The names that a page's code imports."
+    lines = [line for cell in notebook.cells if cell.cell_type == "code" for line in cell.source.splitlines() if re.match(r"\s*from .+ import ", line)]
+    return {name for line in lines for name in re.findall(r"\w+", line.partition(" import ")[2])}
+
+
+def link(text: str, names: dict[str, list[str]], module: str, own: set[str] = frozenset(), used: set[str] = frozenset()) -> str:
+    "Backticked names as references: this page's own, and those that mean one thing; a plain word only where the page uses it, or a method may hold it."
     def one(match):
-        if match[1] in own and f"{PACKAGE}.{module}.{match[1]}" not in names.get(match[1], []): return match[0]
-        known = names.get(match[1], [])
-        here = [full for full in known if full == f"{PACKAGE}.{module}.{match[1]}"]
-        target = here or known if len(known) == 1 or here else []
-        return f"{{py:obj}}`{match[1]} <{target[0]}>`" if target else match[0]
+        known, home = names.get(match[1], []), f"{PACKAGE}.{module}.{match[1]}"
+        if home in known: return f"{{py:obj}}`{match[1]} <{home}>`"
+        if len(known) != 1 or match[1] in own: return match[0]
+        word = match[1].isalpha() and match[1].islower() and match[1] not in used and not known[0].startswith(VOCABULARY)
+        return match[0] if word else f"{{py:obj}}`{match[1]} <{known[0]}>`"
     parts = re.split(r"(```.*?```|\$\$.*?\$\$)", text, flags=re.S)
     return "".join(part if i % 2 else TICKED.sub(one, part) for i, part in enumerate(parts))
 
@@ -128,6 +135,7 @@ def aligned(html: str) -> str:
     "A frame of pandas with its columns of numbers to the right, which pandas leaves to the notebook's own style."
     if 'class="dataframe"' not in html and '<table id="T_' not in html: return html
     soup = BeautifulSoup(html, "html.parser")
+    for style in soup.find_all("style", scoped=True): style.decompose()
     for table in soup.find_all("table"):
         rows = [row.find_all("td") for row in table.find_all("tr") if row.find("td")]
         if not rows or len({len(row) for row in rows}) > 1: continue
@@ -143,11 +151,11 @@ def page(notebook, names: dict[str, list[str]]):
     code = [directives(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
     module = next((found["default_exp"] for found in code if "default_exp" in found), "")
     if module == "__init__": module = ""
-    cells, own = [], options(notebook)
+    cells, own, used = [], options(notebook), imported(notebook)
     for cell in notebook.cells:
         found = directives(cell.source) if cell.cell_type == "code" else {}
         if cell.cell_type == "markdown":
-            cell.source = link(cell.source, names, module, own)
+            cell.source = link(cell.source, names, module, own, used)
             cells.append(cell)
         elif found.keys() & {"hide", "default_exp"} or found.get("include") == "false": continue
         elif found.keys() & {"export", "exports"}: cells += exported(cell, module)
