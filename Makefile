@@ -1,19 +1,20 @@
 # Every target makes .venv by itself, and only again when what it is made from has changed.
 PYTHON ?= python3
 WORKERS ?= 2
+PORT ?= 8000
 NBS := $(shell find nbs -name '*.ipynb' -not -path '*/.*')
-PAGES := $(wildcard docs/*.py docs/*.md docs/_static/*.css) CHANGELOG.md CONTRIBUTING.md
+PAGES := $(wildcard docs/*.py docs/map.toml docs/_static/*.css docs/_static/*.js) CHANGELOG.md CONTRIBUTING.md
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs export notebooks results verdicts hooks clean
+.PHONY: help demo test docs docs-live export notebooks results verdicts hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "  make notebooks MODEL=Qwen/Qwen3-0.6B PAIRS=pairs.jsonl: every notebook that takes a model on yours; executed copies in notebooks-*/, ONLY= for a part"
 	@echo "  PYTHON=$(PYTHON) is the interpreter that .venv is made with (3.11 or newer); WORKERS=$(WORKERS) processes run the tests"
 
@@ -26,6 +27,9 @@ test: .venv/.dev  ## ruff, tests/, and every notebook executed
 
 docs: docs/_build/html/index.html  ## the site, in docs/_build/html
 	@echo "open $<"
+
+docs-live: docs/_build/html/index.html  ## the site on http://127.0.0.1:8000 (PORT=), built again when a notebook changes
+	$(BIN)/python docs/live.py $(PORT)
 
 export: .venv/.dev  ## notebooks to modules, notebooks stripped of what changes by itself, README
 	$(BIN)/nbdev_export
