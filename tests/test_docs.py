@@ -168,7 +168,8 @@ def test_what_is_wrong_with_a_page_is_seen(tmp_path, browser):
     tab.width(390)
     tab.open(page.as_uri())
     found = " ".join([*tab.run(LOOK), *tab.complaints()])
-    assert [word for word in ("formulas not drawn", "raw: ", "pictures missing", "pixels wide", "console: ", "exception: ", "request: ") if word not in found] == []
+    wanted = ("formulas not drawn", "raw: ", "pictures missing", "pixels wide", "console: ", "exception: ", "request: ")
+    assert [word for word in wanted if word not in found] == []
 
 
 def test_search_finds_prefvec(site, browser):
