@@ -19,6 +19,7 @@ from reprpo.judge.equal import Curves
 from reprpo.judge.frontier import frontier_frame
 from reprpo.judge.generalise import TRANSFER
 from reprpo.judge.rows import score_rows
+from reprpo.judge.verdict import give_verdict
 from reprpo.losses.margin import margin_sum
 from reprpo.losses.prefvec import prefvec
 from reprpo.train.method import Method
@@ -72,7 +73,8 @@ def judged(packed, method: str, against: str, claim: int) -> list[dict]:
         e = table.cells[method, TRANSFER]
         kl = packed.kl[(packed.kl["scale"] == 1) & (packed.kl.method == method)].kl_policy.mean() if basis == "own" else found.targets[method]["kl"]
         clamped = 0 if basis == "own" else found.targets[method]["clamped"] + found.targets[method].get("clamped_against", 0)
-        lines.append(dict(claim=claim, method=method, against=against, basis=basis, value=e.value, low=e.low, high=e.high, kl=kl, clamped=clamped, seeds=e.seeds))
+        lines.append(dict(claim=claim, method=method, against=against, basis=basis, value=e.value, low=e.low, high=e.high,
+                          word=give_verdict(method, against, e).word, kl=kl, clamped=clamped, seeds=e.seeds))
     return lines
 
 
@@ -92,7 +94,8 @@ def judge() -> None:
     atomic_write(OUT / "reproduction.csv", pd.DataFrame(lines).round(6).to_csv(index=False))
     atomic_write(OUT / "reproduction_frontier.csv", paths.round(6).to_csv(index=False))
     tuned = {m: t["chosen"] for m, t in read_json(Path("tuning/tune.json"))["methods"].items()}
-    write_json(OUT / "reproduction.manifest.json", manifest(OPTIONS | dict(seeds=6, methods=results.methods), command=COMMAND, tuned=tuned, failed=results.failed))
+    told = manifest(OPTIONS | dict(seeds=6, methods=results.methods), command=COMMAND, tuned=tuned, failed=results.failed)
+    write_json(OUT / "reproduction.manifest.json", told)
     print(pd.DataFrame(lines).round(3).to_string(index=False), tuned)
 
 
