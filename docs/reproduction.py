@@ -1,7 +1,7 @@
 """Two claims of earlier work, run again with parts of this library: what is missing is run, judged, and kept as a table and one bit a row.
 
     python docs/reproduction.py [FOLDER]         all of it, in FOLDER (reprpo-reproduction), which resumes; results in files/results
-    python docs/reproduction.py FOLDER PART      one part only: losses, rates or tuning, so that two may run at once
+    python docs/reproduction.py FOLDER PART      one part only: losses or rates, so that two may run at once, or judge
 """
 import os
 import sys
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from reprpo.experiments.compare import compare
 from reprpo.experiments.results import read_results
 from reprpo.experiments.store import pack, unpack
-from reprpo.io import atomic_write, manifest, read_json, write_json
+from reprpo.io import atomic_write, manifest, write_json
 from reprpo.judge.equal import Curves
 from reprpo.judge.frontier import frontier_frame
 from reprpo.judge.generalise import TRANSFER
@@ -61,7 +61,6 @@ def run(part: str) -> None:
     "The runs of one part."
     if part == "losses": compare(*(at_rate(f, r) for r in RATES[1:] for f in LOSSES), out="losses", seeds=6, tune_lr=False, **OPTIONS)
     if part == "rates": compare(*(f"{m}:lr={r:g}" for r in RATES for m in ("dpo", HIDDEN)), out="rates", seeds=6, tune_lr=False, jobs=1, **OPTIONS)
-    if part == "tuning": compare("dpo", HIDDEN, *LOSSES, out="tuning", seeds=1, lrs=RATES, **OPTIONS | dict(frontier=False))
 
 
 def judged(packed, method: str, against: str, claim: int) -> list[dict]:
@@ -93,7 +92,8 @@ def judge() -> None:
     paths = frontier_frame(curves.rows, curves.kl, curves.base, packed.sets)
     atomic_write(OUT / "reproduction.csv", pd.DataFrame(lines).round(6).to_csv(index=False))
     atomic_write(OUT / "reproduction_frontier.csv", paths.round(6).to_csv(index=False))
-    tuned = {m: t["chosen"] for m, t in read_json(Path("tuning/tune.json"))["methods"].items()}
+    family = pd.read_csv(OUT / "family.csv").set_index("method")
+    tuned = {m: float(family.rate[m]) for m in ("dpo", HIDDEN)} # the same grid and steps
     told = manifest(OPTIONS | dict(seeds=6, methods=results.methods), command=COMMAND, tuned=tuned, failed=results.failed)
     write_json(OUT / "reproduction.manifest.json", told)
     print(pd.DataFrame(lines).round(3).to_string(index=False), tuned)
@@ -102,8 +102,8 @@ def judge() -> None:
 def main(home: str = "reprpo-reproduction", part: str = "") -> None:
     Path(home).mkdir(parents=True, exist_ok=True)
     os.chdir(home)
-    for p in [part] if part else ("rates", "losses", "tuning"): run(p)
-    if not part: judge()
+    for p in [part] if part else ("rates", "losses"): run(p)
+    if part in ("", "judge"): judge()
 
 
 if __name__ == "__main__": main(*sys.argv[1:])
