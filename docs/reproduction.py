@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 OUT = ROOT / "files/results"
 COMMAND = "python docs/reproduction.py"
 SETS = ("facts", "kind", "facts_wording", "facts_cross", "kind_cross", "honesty", "feedback", "flattery")
+SEEDS = 6
 RATES = (0.001, 0.003, 0.01)
 OPTIONS = dict(train="world:facts/train", eval=tuple(f"world:{s}/test" for s in SETS), steps=16, layout="shared",
                scales=(0.25, 0.5, 1.0, 1.5), eval_n=40, frontier_n=40, coherence=False)
@@ -59,8 +60,8 @@ def at_rate(loss, rate: float) -> Method:
 
 def run(part: str) -> None:
     "The runs of one part."
-    if part == "losses": compare(*(at_rate(f, r) for r in RATES[1:] for f in LOSSES), out="losses", seeds=6, tune_lr=False, **OPTIONS)
-    if part == "rates": compare(*(f"{m}:lr={r:g}" for r in RATES for m in ("dpo", HIDDEN)), out="rates", seeds=6, tune_lr=False, jobs=1, **OPTIONS)
+    if part == "losses": compare(*(at_rate(f, r) for r in RATES[1:] for f in LOSSES), out="losses", seeds=SEEDS, tune_lr=False, **OPTIONS)
+    if part == "rates": compare(*(f"{m}:lr={r:g}" for r in RATES for m in ("dpo", HIDDEN)), out="rates", seeds=SEEDS, tune_lr=False, jobs=1, **OPTIONS)
 
 
 def judged(packed, method: str, against: str, claim: int) -> list[dict]:
@@ -80,21 +81,20 @@ def judged(packed, method: str, against: str, claim: int) -> list[dict]:
 def judge() -> None:
     "Tables of both claims, and the frontier of every run, from the runs."
     results = read_results("rates", "losses")
-    pack(results, OUT / "reproduction.parquet")
+    whole = [m for m in results.methods if sum(r.method == m for r in results.runs) == SEEDS]
+    pack(results, OUT / "reproduction.parquet", whole)
     packed = unpack(OUT / "reproduction.parquet")
-    lines = []
-    for rate in (f"{r:g}" for r in RATES[1:]):
-        pairs = [(f.__name__, "dpo") for f in LOSSES] + [(HIDDEN, "dpo"), ("prefvec_unbounded", "unbounded")]
-        lines += [x for m, a in pairs for x in judged(packed, f"{m}:lr={rate}", f"{a}:lr={rate}", 1)]
-    lines += [x for m in ("dpo", HIDDEN) for r in (RATES[0], RATES[2]) for x in judged(packed, f"{m}:lr={r:g}", f"{m}:lr={RATES[1]:g}", 2)]
-    lines += judged(packed, f"{HIDDEN}:lr={RATES[0]:g}", f"dpo:lr={RATES[0]:g}", 2)
+    pairs = [(f.__name__, "dpo") for f in LOSSES] + [(HIDDEN, "dpo"), ("prefvec_unbounded", "unbounded")]
+    asked = [(f"{m}:lr={r:g}", f"{a}:lr={r:g}", 1) for r in RATES[1:] for m, a in pairs]
+    asked += [(f"{m}:lr={r:g}", f"{m}:lr={RATES[1]:g}", 2) for m in ("dpo", HIDDEN) for r in (RATES[0], RATES[2])]
+    lines = [x for m, a, claim in asked if {m, a} <= set(whole) for x in judged(packed, m, a, claim)]
     curves = Curves.make(score_rows(results.scores, results.score), results.frontier_scores, results.kl, set(), results.score)
-    paths = frontier_frame(curves.rows, curves.kl, curves.base, packed.sets)
+    paths = frontier_frame(curves.rows[curves.rows.method.isin(whole)], curves.kl, curves.base, packed.sets)
     atomic_write(OUT / "reproduction.csv", pd.DataFrame(lines).round(6).to_csv(index=False))
     atomic_write(OUT / "reproduction_frontier.csv", paths.round(6).to_csv(index=False))
     family = pd.read_csv(OUT / "family.csv").set_index("method")
     tuned = {m: float(family.rate[m]) for m in ("dpo", HIDDEN)} # the same grid and steps
-    told = manifest(OPTIONS | dict(seeds=6, methods=results.methods), command=COMMAND, tuned=tuned, failed=results.failed)
+    told = manifest(OPTIONS | dict(seeds=SEEDS, methods=whole), command=COMMAND, tuned=tuned, failed=results.failed)
     write_json(OUT / "reproduction.manifest.json", told)
     print(pd.DataFrame(lines).round(3).to_string(index=False), tuned)
 
