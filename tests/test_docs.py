@@ -91,15 +91,22 @@ def test_no_page_loads_anything_from_elsewhere(site):
 
 def test_every_link_and_anchor_works(site):
     @cache
-    def anchors(path: Path): return set(re.findall(r'\b(?:id|name)="([^"]+)"', read(path))) if path.exists() else None
+    def text(path: Path) -> str: return read(path)
+
+    @cache
+    def anchors(path: Path): return set(re.findall(r'\b(?:id|name)="([^"]+)"', text(path)))
+
+    @cache
+    def leads(folder: Path, name: str, anchor: str) -> bool:
+        target = (folder / name).resolve()
+        return target.is_file() and (not anchor or target.suffix != ".html" or anchor in anchors(target))
 
     broken = set()
     for path in site.rglob("*.html"):
-        for link in set(re.findall(r'<\w+\b[^>]*\s(?:href|src)="([^"]*)"', read(path))):
-            if re.match(r"\w+:|//", link) or link.startswith("#svg-"): continue
+        for link in set(re.findall(r'<\w+\b[^>]*\s(?:href|src)="([^"]*)"', text(path))):
+            if re.match(r"\w+:|//|#svg-", link): continue
             name, _, anchor = unquote(html.unescape(link)).partition("#")
-            target = (path.parent / name.partition("?")[0]).resolve() if name else path
-            if not target.exists() or (anchor and target.suffix == ".html" and anchor not in anchors(target)): broken.add(f"{path.relative_to(site)}: {link}")
+            if not leads(path.parent, name.partition("?")[0] or path.name, anchor): broken.add(f"{path.relative_to(site)}: {link}")
     assert sorted(broken) == []
 
 
@@ -151,6 +158,17 @@ def test_a_browser_shows_every_page(site, browser):
 
     with ThreadPoolExecutor(4) as pool: found = [line for lines in pool.map(look, [pages[i::4] for i in range(4)]) for line in lines]
     assert found == []
+
+
+def test_what_is_wrong_with_a_page_is_seen(tmp_path, browser):
+    page = tmp_path / "page.html"
+    page.write_text(r'''<article><p>raw \(x\)</p><span class="math">y</span><img src="none.png"><div style="width:900px">wide</div>
+                       <script>console.error("boo"); none();</script></article>''', encoding="utf-8")
+    tab = browser.tab()
+    tab.width(390)
+    tab.open(page.as_uri())
+    found = " ".join([*tab.run(LOOK), *tab.complaints()])
+    assert [word for word in ("formulas not drawn", "raw: ", "pictures missing", "pixels wide", "console: ", "exception: ", "request: ") if word not in found] == []
 
 
 def test_search_finds_prefvec(site, browser):
