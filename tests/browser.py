@@ -3,7 +3,6 @@ import json
 import shutil
 import subprocess
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import websocket
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 QUIET = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--disable-dev-shm-usage", "--disable-background-timer-throttling", "--disable-renderer-backgrounding",
-         "--disable-backgrounding-occluded-windows", "--disable-extensions", "--hide-scrollbars", "--remote-allow-origins=*"]
+         "--disable-dev-shm-usage", "--disable-extensions", "--hide-scrollbars", "--remote-allow-origins=*"]
 
 
 def installed() -> str | None:
@@ -76,7 +74,7 @@ class Browser:
     "A process of Chromium with a profile of its own; `with Browser() as browser: tab = browser.tab()`."
 
     def __init__(self, timeout: float = 120):
-        self.timeout, self.lock = timeout, threading.Lock()
+        self.timeout = timeout
 
     def __enter__(self):
         self.home = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
@@ -95,7 +93,7 @@ class Browser:
         return websocket.create_connection(f"ws://127.0.0.1:{self.port}{path}", timeout=self.timeout, suppress_origin=True)
 
     def tab(self) -> Tab:
-        with self.lock: target = self.root.send("Target.createTarget", url="about:blank", newWindow=True)["targetId"]
+        target = self.root.send("Target.createTarget", url="about:blank")["targetId"]
         return Tab(f"ws://127.0.0.1:{self.port}/devtools/page/{target}", self.timeout)
 
     def __exit__(self, *_):
