@@ -196,7 +196,7 @@ class PairTrainer(Trainer):
         "Reference and policy on one micro-batch; a gradient rule looks on."
         bare = self.accelerator.unwrap_model(model)
         with self.rule.reference(batch) if self.rule else nullcontext():
-            ref = self.feed.view.reference(bare, batch, bool(logps)) if self.rule else self.feed.reference(bare, batch, rows, logps)
+            ref = self.feed.reference(bare, batch, rows, logps)
         with self.rule.policy(batch) if self.rule else nullcontext(): return ref, self.feed.view.policy(model, batch, logps)
 
     @property

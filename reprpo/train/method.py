@@ -51,7 +51,7 @@ class Method:
     @cached_property
     def needs_logps(self) -> bool:
         "Does the loss of a pair depend on log-probabilities? A function may say so itself; else the loss is tried on made-up states."
-        if not self.needs_states or not self.learns or self.weight: return True
+        if not self.needs_states or not self.learns or {"wpo", "entropy"} & {*self.reads}: return True
         base = self.loss
         while isinstance(base, partial): base = base.func
         from reprpo.losses.checks import needs_logps
