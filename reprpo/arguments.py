@@ -52,6 +52,7 @@ def _check_value(option: str, field, values: list[str]) -> None:
             try: kind(values[0])
             except ValueError: raise UserError(f"{option} takes {name}, not '{values[0]}'") from None
 
+# %% ../nbs/10_experiments/05_arguments.ipynb #cell-007x
 def _about(says: str, example: str) -> str:
     "What stands above the options, on 80 columns; tyro joins lines that begin with a letter."
     lines = textwrap.fill(says, 78, initial_indent="  ", subsequent_indent="  ")

@@ -21,11 +21,16 @@ from .experiments.config import CompareConfig, N, Name, RunConfig, TrainOne, che
 # %% ../nbs/10_experiments/05_commands.ipynb #cell-005
 Folder = arg(metavar="DIR")
 
-def first(metavar: str):
+def first(
+    metavar:str, # what help shows in its place, such as SPEC
+):               # for `Annotated`
     "A word without a name, which must be given."
     return arg(metavar=metavar, help_behavior_hint="")
 
-def may(metavar: str, meaning: str):
+def may(
+    metavar:str, # what help shows in its place, such as DIR
+    meaning:str, # what leaving it out means, which help shows as the default
+):               # for `Annotated`
     "A word without a name, which may be left out, and what that means."
     return arg(metavar=f"[{metavar}]", help_behavior_hint=f"(default: {meaning})")
 
@@ -43,18 +48,16 @@ class Reading:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the model's weights
     template: Literal["auto", "chat", "plain"] = "auto"  # how pairs become text; auto: the model's chat template where it has one
     system: Annotated[str | None, unset("TEXT", "none")] = None  # system message of the chat template
-    # variables of the chat template, such as enable_thinking=false
-    template_options: Annotated[tuple[str, ...], unset("KEY=VALUE...", "the template's own")] = ()
+    template_options: Annotated[tuple[str, ...], unset("KEY=VALUE...", "the template's own")] = ()  # chat template variables, such as enable_thinking=false
     max_length: Annotated[int | None, unset("N", "the model's")] = None  # longest pair, in tokens
 
+# %% ../nbs/10_experiments/05_commands.ipynb #cell-007x
 @dataclass(frozen=True)
 class Judging:
     "What is judged, and on what."
-    # a run folder, a PEFT adapter or a full model: a folder, or a name on the hub
-    what: Positional[Annotated[str, first("ADAPTER")]] = ""
+    what: Positional[Annotated[str, first("ADAPTER")]] = ""  # a run folder, a PEFT adapter or a full model: a folder, or a name on the hub
     base: Annotated[str | None, unset("NAME", "what the folder names")] = None  # its base model, or the reference of a full model
-    # sets to judge on, the in-domain one first
-    eval: Annotated[tuple[str, ...], unset("[LABEL[:POLARITY]=]SPEC...", "the run's, or the world's own")] = ()
+    eval: Annotated[tuple[str, ...], unset("[LABEL[:POLARITY]=]SPEC...", "the run's, or the world's own")] = ()  # sets to judge on, the in-domain one first
     train: Annotated[str | None, unset("SPEC", "what its run folder says")] = None  # what it was trained on, to look for overlaps
     kl: bool = True  # measure KL from the reference on neutral prompts
     coherence: bool = True  # let it write, and judge the texts
@@ -63,8 +66,7 @@ class Judging:
     dtype: Annotated[str | None, unset("NAME", "the run's, or float32")] = None  # of the base: float32, bfloat16, float16
     template: Annotated[str | None, unset("NAME", "the run's, or auto")] = None  # auto, chat, plain
     system: Annotated[str | None, unset("TEXT", "the run's, or none")] = None  # system message of the chat template
-    # variables of the chat template, such as enable_thinking=false
-    template_options: Annotated[tuple[str, ...], unset("KEY=VALUE...", "the run's, or none")] = ()
+    template_options: Annotated[tuple[str, ...], unset("KEY=VALUE...", "the run's, or none")] = ()  # chat template variables, such as enable_thinking=false
     out: Annotated[str, unset("DIR", "a folder in ADAPTER")] = ""  # where to write
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Merge:
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, unset("{float32,bfloat16,float16}", "as the base is stored")] = None  # to store in
     device: Annotated[str | None, unset("NAME", "auto")] = None  # cpu, cuda, cuda:1
 
+# %% ../nbs/10_experiments/05_commands.ipynb #cell-008x
 @dataclass(frozen=True)
 class Doctor:
     "Look at this machine, and try everything that training does on one model."
@@ -98,8 +101,7 @@ class Doctor:
 @dataclass(frozen=True)
 class LintPairs(Reading):
     "Look pairs over before a run: what is wrong with them, and what to do about it."
-    # [LABEL[:POLARITY]=]SPEC, the training set first; overlap is counted with it
-    specs: Positional[Annotated[tuple[str, ...], first("SPEC...")]] = ()
+    specs: Positional[Annotated[tuple[str, ...], first("SPEC...")]] = ()  # [LABEL[:POLARITY]=]SPEC, the training set first; overlap is counted with it
     model: Annotated[str, Name] = "world"  # model before training, for lengths and for what it finds likelier
     reference: bool = True  # ask the model too
     n: Annotated[int, N] = 1000  # most rows of a set that the model scores
@@ -112,11 +114,11 @@ class SplitPairs(Reading):
     seed: Annotated[int, N] = 0  # which rows are drawn
     out: Annotated[str, Folder] = "reprpo-sets"  # folder to make
 
+# %% ../nbs/10_experiments/05_commands.ipynb #cell-009x
 @dataclass(frozen=True)
 class Report:
     "Rebuild results.csv, summary.json and report.html from the scores on disk."
-    # output folder of compare or demo; several of one comparison with different seeds or methods are put together
-    dirs: Positional[Annotated[tuple[str, ...], first("DIR...")]] = ()
+    dirs: Positional[Annotated[tuple[str, ...], first("DIR...")]] = ()  # output folder of compare or demo; several of one comparison are put together
     score: Literal["mean", "sum"] = "mean"  # an answer's score: mean or sum of its tokens' log-probs
     ceilings: Annotated[str | None, unset("FILE", "none")] = None  # CSV with columns set, accuracy: of models tuned on the set itself
 
@@ -135,8 +137,7 @@ class Show:
     max_length: Annotated[int | None, unset("N", "none")] = None  # longest pair, in tokens
     template: Literal["auto", "chat", "plain"] = "auto"  # how pairs become text; auto: the model's chat template where it has one
     system: Annotated[str | None, unset("TEXT", "none")] = None  # system message of the chat template
-    # variables of the chat template, such as enable_thinking=false
-    template_options: Annotated[tuple[str, ...], unset("KEY=VALUE...", "the template's own")] = ()
+    template_options: Annotated[tuple[str, ...], unset("KEY=VALUE...", "the template's own")] = ()  # chat template variables, such as enable_thinking=false
 
 @dataclass(frozen=True)
 class WorldTrain:
@@ -187,6 +188,7 @@ def _demo(a) -> int:
     from reprpo.experiments.compare import demo
     return demo(a.out, a.jobs, a.device)
 
+# %% ../nbs/10_experiments/05_commands.ipynb #cell-012x
 def _wanted(a, example: str, *names: str) -> dict:
     "What was asked of a command about an adapter."
     if not a.what: raise UserError(f"no adapter given; e.g. {example}")
@@ -219,6 +221,7 @@ def _doctor(a) -> int:
     print(found)
     return 0 if found.ok else 1
 
+# %% ../nbs/10_experiments/05_commands.ipynb #cell-013
 def _report(a) -> int:
     if not a.dirs: raise UserError("no folder given; name the output folder of compare or demo")
     from reprpo.experiments.compare import finish
@@ -232,6 +235,7 @@ def _power(a) -> int:
     print(power_of(a.dir or None, a.effect))
     return 0
 
+# %% ../nbs/10_experiments/05_commands.ipynb #cell-015
 def _read_model(a) -> tuple:
     "The model that a command about pairs asks, with its template."
     from reprpo.experiments.prepare import open_model
@@ -268,6 +272,7 @@ def _split(a) -> int:
     print(f"{cut}\n\n{' '.join(cut.options(a.out))}")
     return 0
 
+# %% ../nbs/10_experiments/05_commands.ipynb #cell-016
 def _world_train(a) -> int:
     from reprpo.world.model import train_world
     train_world(a.out, seed=a.seed, **({"tokens": a.tokens} if a.tokens else {}))
@@ -294,6 +299,7 @@ def _methods(a) -> int:
     print(methods_text())
     return 0
 
+# %% ../nbs/10_experiments/05_commands.ipynb #cell-018
 RUN = {"demo": (Demo, _demo), "train": (TrainOne, _train), "compare": (CompareConfig, _compare), "report": (Report, _report), "power": (Power, _power),
        "evaluate": (Evaluate, _evaluate), "judge": (Judge, _judge), "merge": (Merge, _merge), "doctor": (Doctor, _doctor), "methods": (Methods, _methods),
        "pairs show": (Show, _show), "pairs lint": (LintPairs, _lint), "pairs split": (SplitPairs, _split),

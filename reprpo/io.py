@@ -53,29 +53,44 @@ def _plain(x):
     if isinstance(x, (set, frozenset)): return sorted(x)
     return str(x)
 
-def write_json(path, obj) -> Path:
+def write_json(
+    path,    # of the file, text or Path; its folder is made if need be
+    obj,     # lists, dicts and plain values; arrays and sets become lists, all else its text
+) -> Path:   # `path`
     "Write `obj` as indented JSON, atomically."
     return atomic_write(path, json.dumps(obj, indent=1, default=_plain, ensure_ascii=False) + "\n")
 
-def read_json(path):
+def read_json(
+    path,  # of the file, text or Path
+):         # what is in it
     "Read a JSON file."
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
-def append_jsonl(path, row:dict) -> None:
+def append_jsonl(
+    path,      # of the file, text or Path; made if it is not there, in a folder that is
+    row:dict,  # what JSON can't hold is written as by `write_json`
+) -> None:
     "Append one row to a JSON-lines file."
     with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(row, default=_plain, ensure_ascii=False) + "\n")
 
-def read_jsonl(path) -> list[dict]:
+def read_jsonl(
+    path,         # of a file in which every whole line ends with a line break, text or Path
+) -> list[dict]:  # its rows, oldest first
     "Read a JSON-lines log of ours; a last line cut off by a kill is left out."
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line.strip()]
 
-def write_yaml(path, obj) -> Path:
+def write_yaml(
+    path,    # of the file, text or Path; its folder is made if need be
+    obj,     # as for `write_json`; tuples become lists
+) -> Path:   # `path`
     "Write `obj` as YAML in its own key order, atomically."
     import yaml
     return atomic_write(path, yaml.safe_dump(json.loads(json.dumps(obj, default=_plain)), sort_keys=False, allow_unicode=True))
 
-def read_yaml(path):
+def read_yaml(
+    path,  # of the file, text or Path
+):         # what is in it; None where it is empty
     "Read a YAML file."
     import yaml
     return yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -26,7 +26,10 @@ def generator(
     import torch
     return torch.Generator(device).manual_seed(derive(seed, *names))
 
-def rng(seed:int, *names) -> random.Random:
+def rng(
+    seed:int,        # the run's one seed
+    *names,          # what the stream is for
+) -> random.Random:  # at its beginning, the same for the same arguments
     "A `random.Random` for one use of the run's seed."
     return random.Random(derive(seed, *names))
 

@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+from prepare import directives  # noqa: E402
+
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 MODULES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "reprpo").rglob("*.py")) if path.name != "_modidx.py"}
 ORDER = ["core", "world", "pairs", "states", "decompose", ("transforms", "losses", "gradients", "directions"), "train", "judge", ("stories", "pause"),
@@ -67,6 +71,12 @@ def test_readme_is_the_index():
     assert done.returncode == 0, done.stderr
 
 
+def parsed(source: str):
+    "The cell's code, without magics; None where that is no Python."
+    try: return ast.parse("\n".join(line for line in source.splitlines() if not line.startswith(("%", "!"))))
+    except SyntaxError: return None
+
+
 def faults(path: Path):
     "What keeps a notebook from being a page of the site."
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -74,7 +84,7 @@ def faults(path: Path):
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     if len(re.findall(r"^# ", prose, re.M)) != 1: yield "one title (# …)"
     if not re.search(r"^> \S", prose, re.M): yield "a sentence that says what it is about (> …)"
-    if path.stat().st_size > 300_000: yield "under 300 kB"
+    if path.stat().st_size > 200_000: yield "under 200 kB: make notebooks ONLY=… makes its pictures small"
     if not outputs: yield "outputs: make notebooks"
     if any(output["output_type"] == "error" for output in outputs): yield "no error left in an output"
     if any(re.search(r"Traceback \(most|Warning:", "".join(output.get("text", []))) for output in outputs): yield "no warning or traceback left in an output"
@@ -82,6 +92,28 @@ def faults(path: Path):
 
 def test_notebooks_are_pages():
     none_of([f"{relative(path)} needs {fault}" for path in NOTEBOOKS for fault in faults(path)], "a page is not finished:")
+
+
+def cell_faults(path: Path):
+    "What a reader of the code would stumble over, cell by cell."
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    for i, cell in enumerate(cells):
+        if cell["cell_type"] != "code": continue
+        said = directives(text(cell))
+        if "default_exp" in said or not (tree := parsed(text(cell))): continue
+        lines, exported = sum(bool(line.strip()) for line in text(cell).splitlines()), "export" in said
+        imports = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree.body]
+        if exported and lines > 50 and sum(isinstance(node, DEFINITIONS) for node in tree.body) > 1: yield i, f"{lines} exported lines: split at a definition"
+        if "hide" in said: continue
+        # README's block of Python is one piece to copy.
+        if any(imports) and not all(imports) and path.stem != "index": yield i, "imports between other code: the docs build runs cells of imports alone"
+        if not exported and tree.body and isinstance(tree.body[-1], ast.Assert): yield i, "ends in an assertion: end with the value worth seeing"
+        drawn = any("image/png" in output.get("data", {}) for output in cell["outputs"])
+        if drawn and (i + 1 == len(cells) or cells[i + 1]["cell_type"] != "markdown"): yield i, "a picture without the sentence on what to see"
+
+
+def test_cells_are_one_thing_each():
+    none_of([f"{relative(path)} cell {i}: {fault}" for path in NOTEBOOKS for i, fault in cell_faults(path)], "cells to look at again:")
 
 
 def test_expected_failures_are_tried():
@@ -104,7 +136,9 @@ def too_many(node, path: Path) -> bool:
 
 
 def code_lines(path: Path) -> int:
-    return sum(bool(line.strip()) and not line.startswith("#") for line in path.read_text(encoding="utf-8").splitlines())
+    "Lines that are neither empty, nor a comment, nor a parameter of a signature with what is said of it."
+    signatures = sum(node.body[0].lineno - node.lineno - 1 for node in functions(MODULES[path]) if node.body[0].lineno > node.lineno)
+    return sum(bool(line.strip()) and not line.startswith("#") for line in path.read_text(encoding="utf-8").splitlines()) - signatures
 
 
 def test_modules_and_functions_are_small():
@@ -120,6 +154,28 @@ def test_public_functions_say_what_they_do():
     silent = [f"{relative(path)}:{node.lineno} {node.name}" for path, tree in MODULES.items() for node in tree.body
               if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not ast.get_docstring(node)]
     none_of(silent, "public, and without a docstring:")
+
+
+def undescribed(node, lines: list[str]) -> list[str]:
+    "The parameters of a function that have no comment of their own beside them."
+    defaults = dict(zip([a.arg for a in (*node.args.posonlyargs, *node.args.args)][::-1], node.args.defaults[::-1], strict=False))
+    defaults |= {a.arg: value for a, value in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if value is not None}
+    found = [*node.args.posonlyargs, *node.args.args, *filter(None, [node.args.vararg]), *node.args.kwonlyargs, *filter(None, [node.args.kwarg])]
+    ends = [defaults.get(a.arg, a) for a in found]
+    alone = [not any(other.lineno == end.end_lineno for other in found[i + 1:]) for i, end in enumerate(ends)]
+    said = [re.match(r"\s*,?\s*# *\S", lines[end.end_lineno - 1].encode()[end.end_col_offset:].decode()) for end in ends]
+    return [a.arg for a, own, comment in zip(found, alone, said, strict=True) if a.arg not in ("self", "cls") and not (own and comment)]
+
+
+def test_public_parameters_are_described():
+    silent = []
+    for path, tree in MODULES.items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for node in (node for node in tree.body if isinstance(node, DEFINITIONS) and not node.name.startswith("_")):
+            parts = [part for part in node.body if isinstance(part, DEFINITIONS)] if isinstance(node, ast.ClassDef) else [node]
+            parts = [part for part in parts if not isinstance(part, ast.ClassDef) and (not part.name.startswith("_") or part.name == "__init__")]
+            silent += [f"{relative(path)}:{part.lineno} {part.name}: {', '.join(names)}" for part in parts if (names := undescribed(part, lines))]
+    none_of(silent, "public parameters without a comment beside them (shape, unit, meaning), which is their row in the site's table:")
 
 
 def name_of(path: Path) -> str:

@@ -47,10 +47,10 @@ def ov_factors(
     return Factors(O, _shared(V, len(O)))
 
 def qk_factors(
-    Q:Float[Tensor, "heads d h"],
-    K:Float[Tensor, "kv d h"],
+    Q:Float[Tensor, "heads d h"],              # query readers, gain folded in
+    K:Float[Tensor, "kv d h"],                 # key readers, gain folded in
     q_gain:Float[Tensor, "heads d"]|None=None, # where queries have a norm of their own
-    k_gain:Float[Tensor, "kv d"]|None=None,
+    k_gain:Float[Tensor, "kv d"]|None=None,    # where keys have one
 ) -> Factors:
     "Scores before the square root of d: `x_query @ out @ into @ x_key`, at relative position 0."
     if q_gain is not None: Q = Q*q_gain[..., None]
@@ -64,7 +64,7 @@ def _shared(x:Tensor, heads:int) -> Tensor:
 
 # %% ../../nbs/04_decompose/06_circuits.ipynb #cell-008
 def copying(
-    ov:Factors,
+    ov:Factors,                    # from `ov_factors`
     between:Float[Tensor, "h h"],  # W_E.T @ W_U, embedding rows divided by their norm's scale
 ) -> Float[Tensor, "heads"]:       # -1 … 1; 1: every token read raises itself
     "How much each head's writing speaks for what it read."
@@ -72,8 +72,8 @@ def copying(
     return (values.real.sum(-1)/values.abs().sum(-1).clamp(min=1e-300)).float()
 
 def shuffled_out(
-    x:Factors,
-    seed:int=0,
+    x:Factors,   # of some heads; left as they are
+    seed:int=0,  # of the coordinates' order
 ) -> Factors:
     "The same matrices, written to shuffled coordinates of the stream, each head's anew."
     order = torch.rand(x.out.shape[:2], generator=generator(seed, "coordinates")).argsort(1)
@@ -101,7 +101,7 @@ def head_attribution(
 
 def attribution(
     write:Float[Tensor, "n h"],  # what a part wrote
-    u:Float[Tensor, "n h"],
+    u:Float[Tensor, "n h"],      # direction that is asked about, of each row
 ) -> Float[Tensor, "n"]:
     "What a part adds along u."
     return (write*u).sum(-1)

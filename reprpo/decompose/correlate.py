@@ -26,7 +26,7 @@ from ..seeds import generator
 # %% ../../nbs/04_decompose/04_correlate.ipynb #c-005
 def strata(
     groups,  # None, a label a row, or two columns: kind and key
-    n: int,
+    n: int,  # rows
 ) -> Integer[Tensor, "n"]:
     "The kind of each row as an integer; kinds of a single key count as one."
     clusters = Clusters.make(groups, n)
@@ -34,7 +34,7 @@ def strata(
 
 
 def prepared(
-    x: Float[Tensor, "... n"],
+    x: Float[Tensor, "... n"],  # one number a row of the data, of one variable or a stack of them
     groups=None,  # a label a row, or two columns: kind and key
     ranks: bool = True,  # Spearman's; False: Pearson's
     given: Float[Tensor, "n c"] | None = None,  # what is to be taken out: lengths
@@ -58,7 +58,10 @@ def _within(x: Tensor, codes: Tensor) -> Tensor:
     return x - (total / codes.bincount())[..., codes]
 
 
-def cosine_of(x: Float[Tensor, "... n"], y: Float[Tensor, "... n"]) -> Float[Tensor, "..."]:
+def cosine_of(
+    x: Float[Tensor, "... n"],  # from `prepared`
+    y: Float[Tensor, "... n"],  # likewise
+) -> Float[Tensor, "..."]:  # 0 where one of them has no spread
     "Correlation of prepared variables, on any of their rows."
     return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1)).clamp_min(1e-30)
 
@@ -67,8 +70,8 @@ def correlations(
     x: Float[Tensor, "s n"],  # prepared statistics
     y: Float[Tensor, "n"],  # a prepared target
     groups=None,  # rows move within these
-    draws: int = 20_000,
-    seed: int = 0,
+    draws: int = 20_000,  # shuffles, m
+    seed: int = 0,  # of the shuffles
 ) -> tuple[Float[np.ndarray, "s"], Float[np.ndarray, "s m"]]:
     "Observed correlations, and those with the target shuffled within kinds, whole keys at a time; the same shuffles for every statistic."
     clusters, rng, null = Clusters.make(groups, len(y)), generator(seed, "correlations"), []
@@ -85,8 +88,8 @@ def correlate(
     groups=None,  # a label a row, or two columns: kind and key
     given: Float[Tensor, "n c"] | None = None,  # taken out of both sides: lengths
     ranks: bool = True,  # Spearman's; False: Pearson's
-    draws: int = 20_000,
-    seed: int = 0,
+    draws: int = 20_000,  # shuffles, the same for every statistic and target
+    seed: int = 0,  # of the shuffles
 ) -> list[Hypothesis]:
     "Every statistic against every target: two-sided, within kinds."
     ends = {len(v) for v in (*statistics.values(), *targets.values())}
@@ -106,11 +109,11 @@ def correlate(
 
 # %% ../../nbs/04_decompose/04_correlate.ipynb #c-015
 def kendall(
-    x: Float[Tensor, "n"],
-    y: Float[Tensor, "... n"],
+    x: Float[Tensor, "n"],  # one variable
+    y: Float[Tensor, "... n"],  # the other, or a stack of its permutations
     codes: Integer[Tensor, "n"],  # from `strata`: rows of one kind are compared
     most: int = 50_000,  # pairs of rows
-) -> Float[Tensor, "..."]:
+) -> Float[Tensor, "..."]:  # -1 … 1; 0 where all compared rows are tied
     "Kendall's tau-b within groups."
     i, j = _comparable(codes, most)
     a = (x[i] - x[j]).sign()
@@ -131,10 +134,10 @@ def _comparable(codes: Tensor, most: int) -> tuple[Tensor, Tensor]:
         keep = keep[torch.randperm(len(keep), generator=generator(0, "kendall"))[:most]]
     return i[keep], j[keep]
 
-
+# %% ../../nbs/04_decompose/04_correlate.ipynb #c-015c
 def mutual_information(
-    x: Float[Tensor, "n"],
-    y: Float[Tensor, "n"],
+    x: Float[Tensor, "n"],  # one variable
+    y: Float[Tensor, "n"],  # the other
     k: int = 3,  # neighbours
 ) -> float:
     "Mutual information of two continuous variables, in nats, at least 0."
@@ -147,13 +150,13 @@ def mutual_information(
 
 
 def associated(
-    claim: str,
-    x: Float[Tensor, "n"],
-    y: Float[Tensor, "n"],
+    claim: str,  # "distance vs. log-ratio at layer 5"
+    x: Float[Tensor, "n"],  # a statistic
+    y: Float[Tensor, "n"],  # the target
     measure: str = "kendall",  # kendall | mutual information
     groups=None,  # a label a row, or two columns: kind and key
-    draws: int = 2000,
-    seed: int = 0,
+    draws: int = 2000,  # shuffles
+    seed: int = 0,  # of the shuffles
 ) -> Hypothesis:
     "One association by a measure that takes longer."
     known = {"kendall": ("τ", "two-sided"), "mutual information": ("MI, nats", "greater")}
@@ -167,14 +170,14 @@ def associated(
 
 # %% ../../nbs/04_decompose/04_correlate.ipynb #c-036
 def gain_over(
-    claim: str,
+    claim: str,  # "cosine says more at layer 5 than at layer 0"
     x: Float[Tensor, "n"],  # a statistic at a layer
     base: Float[Tensor, "n"],  # the same at layer 0
     y: Float[Tensor, "n"],  # the target
     groups=None,  # a label a row, or two columns: kind and key
     given: Float[Tensor, "n c"] | None = None,  # taken out of all three
-    draws: int = 2000,
-    seed: int = 0,
+    draws: int = 2000,  # exchanges of the two layers' values
+    seed: int = 0,  # of the exchanges
 ) -> Hypothesis:
     "Does it go with the target more closely than the base does? By how much, in |ρ|."
     u, v, t = (prepared(z, groups, given=given) for z in (x, base, y))

@@ -16,7 +16,7 @@ from ..errors import UserError
 
 # %% ../../nbs/04_decompose/08_gain.ipynb #g-ranks
 def group_ranks(
-    x:Float[Tensor, "n"],
+    x:Float[Tensor, "n"],     # a measure, or the gain: one number a run
     groups:Sequence,          # a label for each row
 ) -> Float[Tensor, "n"]:      # ranks within the group, ties shared; mean 0 and mean square 1 in every group with spread, else 0
     "Ranks of each group by itself."
@@ -41,8 +41,8 @@ def without(
 
 
 def correlation(
-    x:Float[Tensor, "... n"],
-    y:Float[Tensor, "... n"],
+    x:Float[Tensor, "... n"], # centred along the last axis, as from group_ranks
+    y:Float[Tensor, "... n"], # likewise
 ) -> Float[Tensor, "..."]:    # 0 where one of them has no spread
     "Pearson's r along the last axis, of centred values."
     return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1)).clamp(min=1e-12)

@@ -27,11 +27,11 @@ class Hypothesis:
     "A claim, what was found, and what would be found if it were false."
     claim: str                          # "cosine vs. log-ratio at layer 5"
     statistic: str                      # its name in the line: "r", "AUC", "energy"
-    estimate: float
+    estimate: float                     # the statistic, observed
     lo: float                           # 95 % interval
-    hi: float
+    hi: float                           # its upper end
     null: Float[np.ndarray, "m"] = field(repr=False) # draws of the statistic where the claim is false
-    p: float
+    p: float                            # uncorrected; with `least` above 0 the larger of the draws' and a t-test's
     n: int                              # rows
     alternative: str = "greater"        # greater | less | two-sided, than the null
     least: float = 0.0                  # the smallest distance from the null's mean that matters
@@ -75,7 +75,7 @@ def hypothesis(
     least:float=0.0,               # the smallest distance from the null's mean that matters
     groups=None,                   # a label a row, or two columns: kind and key
     **options,                     # n (draws), seed, batched of `permutation_test`
-) -> Hypothesis:
+) -> Hypothesis:                   # not yet corrected: q is None
     "Test a claim by permutation, with an interval from the clusters."
     found = permutation_test(stat, x, y, mode=mode, alternative=alternative, groups=groups, **options)
     if options.get("batched"): one = lambda a, b: stat(a[None] if mode == "swap" else a, b[None])[0]
@@ -87,7 +87,7 @@ def hypothesis(
     return Hypothesis(claim, statistic, found.stat, *sure.interval(), found.null, p, found.n, alternative, least, of)
 
 def t_p_value(
-    sure:Spread,
+    sure:Spread,              # the estimate, its standard error, degrees of freedom
     middle:float,             # the null's mean
     alternative:str,          # greater | less | two-sided
     least:float,              # the smallest distance that matters
@@ -97,11 +97,12 @@ def t_p_value(
     above, below = (float(stats.t.sf((sign*gap - abs(least))/se, sure.df)) for sign in (1, -1))
     return {"greater": above, "less": below, "two-sided": min(1.0, 2*min(above, below))}[alternative]
 
+# %% ../../nbs/04_decompose/01_hypothesis.ipynb #y-006c
 def from_null(
     claim:str,                        # "chosen − rejected lies in the head's first 32 directions"
     statistic:str,                    # its name in the line
-    estimate:float,
-    interval:tuple[float, float],     # 95 %
+    estimate:float,                   # the statistic, observed
+    interval:tuple[float, float],     # 95 %: low, high
     null:Float[np.ndarray, "m"],      # draws made elsewhere: random subspaces, shuffled weights, other seeds
     n:int,                            # rows behind the estimate
     alternative:str="greater",        # greater | less | two-sided, than the null
@@ -124,12 +125,15 @@ def _cells(h:Hypothesis) -> list[str]:
     return [pipe(h.claim), pipe(h.statistic), f"{h.estimate:.3g} [{h.lo:.3g}, {h.hi:.3g}]", " … ".join(f"{x:.3g}" for x in h.reach), h.of,
             f"{h.q:.2g}", f"{h.n:,}", f"**{h.verdict}**" if h.verdict == "holds" else h.verdict]
 
+# %% ../../nbs/04_decompose/01_hypothesis.ipynb #y-014b
 @dataclass(frozen=True)
 class Battery:
     "Hypotheses asked of the same data, corrected for being many."
-    asked: tuple[Hypothesis, ...]
+    asked: tuple[Hypothesis, ...] # in the order they were asked, with q
 
-    def __init__(self, hypotheses):
+    def __init__(self,
+        hypotheses, # `Hypothesis` objects, one or more; copied, with their q over all of them
+    ):
         asked = tuple(hypotheses)
         if not asked: raise UserError("a battery of no hypotheses; ask at least one")
         q = stats.false_discovery_control([h.p for h in asked])

@@ -14,9 +14,9 @@ from ..errors import UserError
 
 # %% ../../nbs/04_decompose/02_lens.ipynb #l-005
 def rms(
-    h:Float[Tensor, "... h"],
-    eps:float=1e-6,
-) -> Float[Tensor, "... 1"]:
+    h:Float[Tensor, "... h"],    # states, of any float type; read in fp32
+    eps:float=1e-6,              # of the final norm, added to the mean square
+) -> Float[Tensor, "... 1"]:     # fp32
     "What the last norm divides a state by."
     return (h.float().square().mean(-1, keepdim=True) + eps).sqrt()
 
@@ -51,9 +51,9 @@ def lens_kl(
 
 # %% ../../nbs/04_decompose/02_lens.ipynb #l-009
 def token_ends(
-    W:Float[Tensor, "v h"],      # the head, with the norm's gain folded in
-    directions:Float[Tensor, "m h"],
-    n:int=8,                     # tokens at each end
+    W:Float[Tensor, "v h"],          # the head, with the norm's gain folded in
+    directions:Float[Tensor, "m h"], # one a row; the logits are in proportion to its length
+    n:int=8,                         # tokens at each end
 ) -> tuple[Integer[Tensor, "m 2 n"], Float[Tensor, "m 2 n"]]: # token ids, furthest first, [raised, lowered]; their logits about the mean
     "The tokens that a direction raises and lowers most."
     z = directions.to(W) @ W.T
@@ -62,9 +62,9 @@ def token_ends(
     return torch.stack([e.indices for e in ends], 1), torch.stack([e.values for e in ends], 1)
 
 def token_kurtosis(
-    W:Float[Tensor, "v h"],      # the head, with the norm's gain folded in
-    directions:Float[Tensor, "m h"],
-) -> Float[Tensor, "m"]:         # 0 for a bell curve
+    W:Float[Tensor, "v h"],          # the head, with the norm's gain folded in
+    directions:Float[Tensor, "m h"], # one a row, of any length but 0
+) -> Float[Tensor, "m"]:             # 0 for a bell curve
     "How far the logits that a direction moves are a few tokens' only: excess kurtosis over the vocabulary."
     z = (directions.to(W) @ W.T).double()
     z = z - z.mean(1, keepdim=True)

@@ -46,8 +46,8 @@ class Moved:
 def per_pair(
     cho:Float[Tensor, "n h"],      # δ of the chosen answers: policy minus reference
     rej:Float[Tensor, "n h"],      # δ of the rejected ones
-    ref_cho:Float[Tensor, "n h"],  # the reference's states
-    ref_rej:Float[Tensor, "n h"],
+    ref_cho:Float[Tensor, "n h"],  # the reference's states, chosen answers
+    ref_rej:Float[Tensor, "n h"],  # rejected ones
     eps:float=1e-4,                # share of the states' length that counts as none
 ) -> dict[str, Float[Tensor, "n"]]:
     "along = q/n; across = ‖ort‖/n; size = ‖δ‖/‖h‖; energies ‖·‖² of the common and of the separating part, of δ chosen and δ rejected."
@@ -64,8 +64,8 @@ def per_pair(
 def moved(
     pi_cho:Float[Tensor, "n h"],   # the policy's pooled states at a layer, chosen answers
     pi_rej:Float[Tensor, "n h"],   # rejected ones
-    ref_cho:Float[Tensor, "n h"],  # the reference's, of the same pairs
-    ref_rej:Float[Tensor, "n h"],
+    ref_cho:Float[Tensor, "n h"],  # the reference's, of the same pairs, chosen answers
+    ref_rej:Float[Tensor, "n h"],  # rejected ones
 ) -> Moved:
     "Measure a batch of pairs."
     shapes = [tuple(x.shape) for x in (pi_cho, pi_rej, ref_cho, ref_rej)]
@@ -89,7 +89,7 @@ PARTS = ("shift", "topic", "push", "own")
 
 
 def parts(
-    m:Moved,
+    m:Moved,           # all pairs at one layer, from `moved` or `merge`
 ) -> dict[str, float]: # shares of the energy, which sum to 1; 0 where nothing moved
     "Movement in four: the same for every answer; the same for a pair's two answers; the same separation in every pair; a separation of each pair's own."
     n, found = len(m), {}
@@ -152,8 +152,8 @@ def cosine(
 
 
 def summary(
-    m:Moved,
-    basis:Float[Tensor, "h k"], # of the subspace to look for energy in
+    m:Moved,                    # all pairs at one layer, from `moved` or `merge`
+    basis:Float[Tensor, "h k"], # orthonormal columns, of the subspace to look for energy in
 ) -> dict[str, float]:          # means over the pairs, shares of the energy, ranks
     "All measures of one layer as one row of a table; where nothing moved, shares and ranks are NaN."
     row = {k: float(m.pair[k].double().mean()) for k in ("along", "across", "size")}

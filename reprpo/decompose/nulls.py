@@ -55,11 +55,12 @@ class Clusters:
         kind = code(torch.where(kind.bincount()[kind] == 1, -1, kind).numpy())
         return cls(unit, kind, rows, start, size, own if len(own.unique()) >= (2 if table.ndim == 1 else MIN_KINDS) else unit)
 
+# %% ../../nbs/04_decompose/00_nulls.ipynb #n-005c
 def moves(
     kind:Integer[Tensor, "u"],   # within which units move
-    draws:int,
+    draws:int,                   # how many permutations, p
     shift:bool,                  # no unit keeps its place
-    rng:torch.Generator,
+    rng:torch.Generator,         # of the draws; its state moves on
 ) -> Integer[Tensor, "p u"]:     # unit i takes the place of unit [p, i]
     "Permutations that stay within kinds."
     home = kind.argsort(stable=True)
@@ -72,10 +73,10 @@ def moves(
     return torch.empty_like(order).scatter_(1, order, order.gather(1, source))
 
 def permutations(
-    clusters:Clusters,
-    draws:int,
+    clusters:Clusters,           # of the rows, from `Clusters.make`
+    draws:int,                   # how many permutations, p
     mode:str,                    # shuffle | shift
-    rng:torch.Generator,
+    rng:torch.Generator,         # of the draws; its state moves on
 ) -> Integer[Tensor, "p n"]:     # row i of the data gets the y of row [p, i]
     "Permutations of rows in which units move as blocks; a smaller unit's rows are taken in turn."
     unit = clusters.unit[clusters.rows]
@@ -102,13 +103,14 @@ def p_value(
     stat:float,                      # observed
     null:Float[np.ndarray, "m"],     # draws
     alternative:str="two-sided",     # greater | less | two-sided
-) -> float:
+) -> float:                         # 1/(1 + draws) … 1; two-sided from 2/(1 + draws)
     "How often the null is as extreme, the observed value counted among the draws."
     if alternative not in TAILS: raise unknown("alternative", alternative, TAILS)
     slack = 1e-9*max(abs(stat), float(np.abs(null).max()))
     above, below = ((1 + (sign*(null - stat) >= -slack).sum())/(1 + len(null)) for sign in (1, -1))
     return float({"greater": above, "less": below, "two-sided": min(1.0, 2*min(above, below))}[alternative])
 
+# %% ../../nbs/04_decompose/00_nulls.ipynb #n-008c
 def _stacks(x:Tensor, y:Tensor, clusters:Clusters, draws:int, mode:str, rng:torch.Generator):
     "Permuted data, some draws at a time."
     size = max(1, min(draws, ROOM // max(1, x.numel() + y.numel())))
@@ -128,7 +130,7 @@ def permutation_test(
     mode:str="shuffle",            # shuffle | swap | shift
     alternative:str="two-sided",   # greater | less | two-sided
     groups=None,                   # a label a row, or two columns: kind and key
-    seed:int=0,
+    seed:int=0,                    # of the permutations
     batched:bool=False,            # `stat` takes y (swap: x and y) of shape p n ..., many draws at once
 ) -> Permuted:
     "The statistic, and the same with the relation between x and y broken."
@@ -149,13 +151,13 @@ MOST = 40 # evaluations of a jackknife
 
 class Spread(NamedTuple):
     "An estimate and how far it may be off."
-    value: float
-    se: float   # standard error, clusters deleted one at a time
-    df: int     # clusters less one
+    value: float # from all rows
+    se: float    # standard error, clusters deleted one at a time
+    df: int      # clusters less one
 
     def interval(self,
-        level:float=.95,
-    ) -> tuple[float, float]:
+        level:float=.95,      # nominal coverage, between 0 and 1
+    ) -> tuple[float, float]: # low, high
         "By t quantiles."
         half = float(stats.t.ppf(.5 + level/2, self.df))*self.se
         return self.value - half, self.value + half
@@ -193,9 +195,9 @@ def jackknife(
     stat:Callable,      # (*data) -> float
     *data:Tensor,       # each with a row for each pair
     groups=None,        # a label a row, or two columns: kind and key
-    level:float=.95,
+    level:float=.95,    # nominal coverage, between 0 and 1
     blocks:int=20,      # of rows, where rows are free
-) -> tuple[float, float]:
+) -> tuple[float, float]: # low, high
     "An interval that knows of clusters."
     return spread(stat, *data, groups=groups, blocks=blocks).interval(level)
 
@@ -203,7 +205,7 @@ def jackknife(
 def random_directions(
     n:int,                               # how many
     h:int,                               # width
-    seed:int=0,
+    seed:int=0,                          # of the draws
     like:Float[Tensor, "m h"]|None=None, # rows whose covariance they take
 ) -> Float[Tensor, "n h"]:               # unit vectors, fp32
     "Directions that know nothing."
@@ -216,7 +218,7 @@ def random_subspaces(
     n:int,                    # how many
     h:int,                    # width
     k:int,                    # rank
-    seed:int=0,
+    seed:int=0,               # of the draws
 ) -> Float[Tensor, "n h k"]:  # orthonormal columns, fp32
     "Subspaces that know nothing."
     if not 1 <= k <= h: raise UserError(f"a subspace of rank {k} in {h} dimensions; the rank lies between 1 and {h}")
@@ -229,15 +231,15 @@ class Parallel(NamedTuple):
     null: Float[np.ndarray, "n k"]    # the same with every column shuffled
 
     def kept(self,
-        level:float=.95,
+        level:float=.95, # quantile of the null, between 0 and 1, that a component has to exceed
     ) -> int:
         "Components before the first that the null reaches."
         below = self.shares <= np.quantile(self.null, level, axis=0)
         return int(below.argmax()) if below.any() else len(self.shares)
 
 def shares_of_variance(
-    x:Float[Tensor, "n h"],
-) -> Float[Tensor, "k"]: # k = min(n, h), falling, sums to 1
+    x:Float[Tensor, "n h"], # one row a pair; centred here
+) -> Float[Tensor, "k"]:    # k = min(n, h), falling, sums to 1
     "What each principal component holds."
     x = (x - x.mean(0)).double()
     small = x.mT @ x if x.shape[0] >= x.shape[1] else x @ x.mT
@@ -247,7 +249,7 @@ def shares_of_variance(
 def parallel_analysis(
     x:Float[Tensor, "n h"],  # one row a pair
     n:int=200,               # draws
-    seed:int=0,
+    seed:int=0,              # of the shuffles
 ) -> Parallel:
     "The spectrum of x, and of x with its columns shuffled one by one."
     rng, null = generator(seed, "parallel"), []

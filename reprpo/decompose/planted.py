@@ -39,7 +39,7 @@ def planted_direction(
     n:int=600,            # pairs
     h:int=64,             # width
     strength:float=1.0,   # mean distance of chosen from rejected along u, in rms of a coordinate; 0: nothing is planted
-    seed:int=0,
+    seed:int=0,           # of the states and of what is planted in them
     kinds:int=20,         # kinds of question
 ) -> Planted:
     "Pairs that differ along one direction, by as much as y says."
@@ -52,12 +52,13 @@ def planted_direction(
     step = strength/2*(cho.square().mean().sqrt())*(1 + a)[:, None]*u
     return Planted(cho + step, rej - step, y, kind, u)
 
+# %% ../../nbs/04_decompose/00_planted.ipynb #p-005c
 def planted_rotation(
     n:int=600,               # pairs
     h:int=64,                # width
     angle:float=0.5,         # of every plane that is turned, in radians
     noise:float=0.0,         # added to the chosen, in rms of a coordinate
-    seed:int=0,
+    seed:int=0,              # of the states and of what is planted in them
     kinds:int=20,            # kinds of question
     reflect:bool=False,      # turn one axis round, so that det Q = −1
 ) -> Planted:

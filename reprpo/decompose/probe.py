@@ -108,7 +108,10 @@ def pair_hits(
     "Which pairs are read rightly."
     return (cho > rej).float() + (cho == rej).float()/2
 
-def pair_accuracy(cho:Float[Tensor, "... n"], rej:Float[Tensor, "... n"]) -> Float[Tensor, "..."]:
+def pair_accuracy(
+    cho:Float[Tensor, "... n"],   # scores of the chosen answers
+    rej:Float[Tensor, "... n"],   # of the rejected
+) -> Float[Tensor, "..."]:        # 0 … 1, ties half
     "The share of pairs that are read rightly."
     return pair_hits(cho, rej).mean(-1)
 
@@ -121,6 +124,7 @@ def auc(
     below = sum(torch.searchsorted(ranked, cho.contiguous(), right=right) for right in (False, True))
     return below.float().mean(-1)/(2*rej.shape[-1])
 
+# %% ../../nbs/04_decompose/07_probe.ipynb #cell-011b
 @dataclass(frozen=True)
 class Judged:
     "A probe's scores of pairs that it was not fitted to."
@@ -147,9 +151,9 @@ class Judged:
         return max(low, 0.0), min(high, 1.0)
 
 def judge(
-    probe:Probe,
+    probe:Probe,                # fitted to pairs of other keys
     cho:Float[Tensor, "n h"],   # states of pairs with keys of their own
-    rej:Float[Tensor, "n h"],
+    rej:Float[Tensor, "n h"],   # of their rejected answers
     groups=None,                # one label a row
 ) -> Judged:
     "Score pairs that the probe has not seen."
@@ -158,8 +162,8 @@ def judge(
 # %% ../../nbs/04_decompose/07_probe.ipynb #cell-014
 def swap_signs(
     units,              # one label a row; what changes places together
-    draws:int,
-    seed:int=0,
+    draws:int,          # how many exchanges, p
+    seed:int=0,         # of the exchanges
 ) -> Float[Tensor, "p n"]: # ±1
     "Which pairs have their answers exchanged, whole units at a time."
     names, own = np.unique(np.asarray(units), return_inverse=True)
@@ -173,7 +177,7 @@ def swap_null(
     units_held=None,                # the same of the judged rows; None: another set, whose labels stay
     kind:str="lda",                 # mean | logistic | lda
     draws:int=1000,                 # a logistic probe takes its time: give it fewer
-    seed:int=0,
+    seed:int=0,                     # of the exchanges
     metric:Callable=pair_accuracy,  # or `auc`
 ) -> Float[np.ndarray, "p"]:
     "The metric of probes that are refitted after labels were exchanged."
@@ -188,8 +192,8 @@ def swap_null(
 def random_null(
     fit:tuple[Tensor, Tensor],      # states (chosen, rejected) of the rows that choose the sign, each n h
     held:tuple[Tensor, Tensor],     # states of the judged rows, each m h
-    draws:int=1000,
-    seed:int=0,
+    draws:int=1000,                 # random directions, p
+    seed:int=0,                     # of the directions
     metric:Callable=pair_accuracy,  # or `auc`
 ) -> Float[np.ndarray, "p"]:
     "The metric of random directions with the covariance of the states, each turned so that it reads the fitted rows rightly."
@@ -203,13 +207,13 @@ class Transfer:
     "Probes of some sets, judged on others."
     fitted: tuple[str, ...]                                      # sets with a probe
     judged: tuple[str, ...]                                      # sets it was judged on
-    accuracy: Float[np.ndarray, "f j"]
+    accuracy: Float[np.ndarray, "f j"]                           # share of pairs read, by fitted and judged set
     low: Float[np.ndarray, "f j"]                                # 95 % interval over clusters of the judged rows
-    high: Float[np.ndarray, "f j"]
+    high: Float[np.ndarray, "f j"]                               # its upper end
     null: Float[np.ndarray, "p f j"] = field(repr=False)         # the fitted set's labels exchanged, whole kinds
     cosine: Float[np.ndarray, "f f"]                             # between the probes' directions
     cosine_se: Float[np.ndarray, "f f"] = field(repr=False)      # standard errors, kinds left out
-    cosine_null: Float[np.ndarray, "p f f"] = field(repr=False)
+    cosine_null: Float[np.ndarray, "p f f"] = field(repr=False)  # between directions fitted after labels were exchanged
 
     def plot(self,
         axes=None,   # two matplotlib axes; made if None
@@ -236,6 +240,7 @@ def _squares(ax, value, null, names, centre:float, title:str) -> None:
     ax.set(xticks=range(len(names)), yticks=[], title=title)
     ax.set_xticklabels(names, rotation=30, ha="right")
 
+# %% ../../nbs/04_decompose/07_probe.ipynb #cell-026c
 def _cosines(found:list[Tensor], rows:list[Tensor], kinds:list, kind:str) -> tuple[np.ndarray, np.ndarray]:
     "Cosines of directions, and their standard errors from kinds left out on either side."
     f = len(found)
@@ -252,7 +257,7 @@ def transfer(
     held:dict[str, tuple],   # set: the same of the rows to judge, whose keys are in no fitted rows
     kind:str="lda",          # mean | logistic | lda
     draws:int=4000,          # of the null
-    seed:int=0,
+    seed:int=0,              # of the exchanges
 ) -> Transfer:
     "Fit a probe on each set, judge it on every set; a null for each cell."
     table, rows, nulls, found, drawn = [], [], [], [], []
@@ -278,8 +283,8 @@ def transfer(
 # %% ../../nbs/04_decompose/07_probe.ipynb #cell-032
 def folds_of(
     units,          # one label a row; a unit is never cut
-    folds:int=5,
-    seed:int=0,
+    folds:int=5,    # at most so many; fewer where there are fewer units
+    seed:int=0,     # which units share a fold
 ) -> Integer[Tensor, "n"]: # 0 … folds−1
     "Folds of whole units, as many in each."
     names, own = np.unique(np.asarray(units), return_inverse=True)
@@ -309,14 +314,15 @@ class CrossValidated:
         "How often the best layer is as good where labels are exchanged, the best of all layers each time."
         return float((1 + (self.null.mean(2).max(1) >= self.mean.max() - 1e-6).sum())/(1 + len(self.null)))
 
+# %% ../../nbs/04_decompose/07_probe.ipynb #cell-032c
 def cross_validate(
     read:Callable,          # k -> (chosen states n h, rejected states) of the training rows at layer k
     layers:Iterable[int],   # blocks passed
     units,                  # one label a row: kinds, or keys; what lies in one fold, and changes places together
     kind:str="lda",         # mean | logistic | lda
-    folds:int=5,
+    folds:int=5,            # at most so many; fewer where there are fewer units
     draws:int=200,          # of the null; fewer for a logistic probe
-    seed:int=0,
+    seed:int=0,             # of the folds and of the exchanges
 ) -> CrossValidated:
     "Judge probes on left-out training rows, at each layer."
     fold, table = folds_of(units, folds, seed), []

@@ -21,8 +21,8 @@ from ..seeds import generator
 
 # %% ../../nbs/04_decompose/05_rotate.ipynb #r-005
 def procrustes(
-    rej: Float[Tensor, "... n h"],
-    cho: Float[Tensor, "... n h"],
+    rej: Float[Tensor, "... n h"],  # rejected answers' states, not centred here
+    cho: Float[Tensor, "... n h"],  # chosen answers' states, of the same pairs
     proper: bool = False,  # True: a rotation, without reflection
 ) -> Float[Tensor, "... h h"]:  # Q: rej @ Q is near cho; fp64
     "The orthogonal map that takes rejected nearest to chosen states."
@@ -39,8 +39,8 @@ MAPS = ("none", "shift", "rotation", "rotation + shift", "linear + shift")
 @dataclass(frozen=True)
 class Map:
     "An affine map of rejected states, or a stack of them."
-    A: Float[Tensor, "... k k"]
-    b: Float[Tensor, "... 1 k"]
+    A: Float[Tensor, "... k k"]  # what states are multiplied by, from the right; fp64
+    b: Float[Tensor, "... 1 k"]  # what is added then
 
     def __call__(self, rej: Float[Tensor, "... n k"]) -> Float[Tensor, "... n k"]:
         "Where the map takes rejected states."
@@ -50,7 +50,7 @@ class Map:
 def fit_map(
     kind: str,  # one of MAPS
     rej: Float[Tensor, "... n k"],  # states in few axes, about the mean of all states
-    cho: Float[Tensor, "... n k"],
+    cho: Float[Tensor, "... n k"],  # chosen answers' states, of the same pairs and in the same axes
     proper: bool = True,  # rotations without reflection
     ridge: float = 0.1,  # λ in units of the mean square of a coordinate, times n
 ) -> Map:
@@ -107,9 +107,9 @@ def explained(
 def exchanged(
     states: tuple[Tensor, ...],  # chosen, rejected to fit on; chosen, rejected to judge on
     groups: tuple,  # of the rows to fit on and to judge on: kinds, or kind and key
-    draws: int,
-    seed: int = 0,
-) -> tuple[Float[Tensor, "p n k"], ...]:
+    draws: int,  # how many exchanges, p
+    seed: int = 0,  # of the exchanges
+) -> tuple[Float[Tensor, "p n k"], ...]:  # the four of `states`, in their order
     "The same with the two answers exchanged at random, whole kinds together, and alike in both halves."
     rng, sizes = generator(seed, "exchanged"), [len(states[0]), len(states[2])]
     plain = [None if g is None else torch.as_tensor(np.asarray(g)).reshape(n, -1) for g, n in zip(groups, sizes)]
@@ -120,15 +120,15 @@ def exchanged(
 
 
 def explains(
-    claim: str,
+    claim: str,  # "R1 shift, layer 5"
     states: tuple[Tensor, ...],  # from `in_axes`
     kind: str,  # a map
     beyond: str = "none",  # another, that it should improve on
     groups: tuple = (None, None),  # of the rows to fit on and to judge on: kinds, or kind and key
-    draws: int = 1000,
-    seed: int = 0,
+    draws: int = 1000,  # how many exchanges
+    seed: int = 0,  # of the exchanges
     **options,  # of `fit_map`
-) -> Hypothesis:
+) -> Hypothesis:  # that the share is greater; not yet corrected
     "Does a map explain more of the held-out difference than another, and than it would if the two answers were exchanged at random?"
     kinds = (kind, beyond, "none")
     share = lambda e: explained(e[..., :2], e[..., 2])

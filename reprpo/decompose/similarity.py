@@ -17,8 +17,8 @@ from ..seeds import generator
 
 # %% ../../nbs/04_decompose/05_similarity.ipynb #m-005
 def linear_cka(
-    x: Float[Tensor, "n a"],
-    y: Float[Tensor, "n b"],
+    x: Float[Tensor, "n a"],  # one set of states; centred here
+    y: Float[Tensor, "n b"],  # another, row by row of the same pairs
 ) -> float:  # 0 … 1
     "Linear centred kernel alignment; biased upwards where the width is not small beside n."
     x, y = (z.double() - z.double().mean(0) for z in (x, y))
@@ -26,8 +26,8 @@ def linear_cka(
 
 
 def unbiased_cka(
-    x: Float[Tensor, "n a"],
-    y: Float[Tensor, "n b"],
+    x: Float[Tensor, "n a"],  # one set of states; centred here
+    y: Float[Tensor, "n b"],  # another, row by row of the same pairs
 ) -> float:  # about 0 for independent rows, 1 for equal ones; can be below 0
     "Linear CKA with the unbiased estimator of HSIC."
     if len(x) < 4 or len(x) != len(y):
@@ -37,9 +37,9 @@ def unbiased_cka(
 
 
 def hsic(
-    x: Float[Tensor, "n a"],
-    y: Float[Tensor, "n b"],
-) -> Float[Tensor, ""]:
+    x: Float[Tensor, "n a"],  # one set of states; where their mean lies makes no difference
+    y: Float[Tensor, "n b"],  # another, row by row of the same pairs
+) -> Float[Tensor, ""]:  # about 0 for independent rows; can be below 0
     "Unbiased estimate of HSIC with linear kernels."
     n, k, m = len(x), x.square().sum(1), y.square().sum(1)
     a, b = x @ x.sum(0) - k, y @ y.sum(0) - m
@@ -62,8 +62,8 @@ def principal_axes(
 
 
 def log_scaling(
-    cho: Float[Tensor, "... n h"],
-    rej: Float[Tensor, "... n h"],
+    cho: Float[Tensor, "... n h"],  # chosen answers' states; about their own mean here
+    rej: Float[Tensor, "... n h"],  # rejected answers' states, likewise
     V: Float[Tensor, "h k"],  # from `principal_axes`, of other rows
 ) -> Float[Tensor, "... k"]:  # 0: spread alike
     "Logarithm of the ratio of chosen to rejected spread along each axis."
@@ -73,7 +73,7 @@ def log_scaling(
 
 def principal_angles(
     A: Float[Tensor, "h a"],  # orthonormal columns
-    B: Float[Tensor, "h b"],
+    B: Float[Tensor, "h b"],  # likewise, of the other subspace
 ) -> Float[Tensor, "m"]:  # radians, rising; m = min(a, b)
     "Angles between two subspaces, small ones too."
     A, B = A.double(), B.double()
@@ -86,13 +86,13 @@ def principal_angles(
 
 # %% ../../nbs/04_decompose/05_similarity.ipynb #m-012
 def same_way(
-    claim: str,
+    claim: str,  # "facts and kind point the same way at layer 5"
     a: Float[Tensor, "n h"],  # differences C − R of one set
     b: Float[Tensor, "m h"],  # of the other
     groups_a=None,  # a label a row, or two columns: kind and key
-    groups_b=None,
-    draws: int = 2000,
-    seed: int = 0,
+    groups_b=None,  # the same of the other set
+    draws: int = 2000,  # how many exchanges
+    seed: int = 0,  # of the exchanges
 ) -> Hypothesis:
     "Do the mean differences of two sets point the same way?"
     cosine = lambda u, v: (u * v).sum(-1) / (u.norm(dim=-1) * v.norm(dim=-1)).clamp_min(1e-30)

@@ -43,7 +43,7 @@ def pair_statistics(
 
 
 def unit(
-    x: Float[Tensor, "... h"],
+    x: Float[Tensor, "... h"],  # of any length, 0 too
 ) -> Float[Tensor, "... h"]:
     "Vectors of length one; a zero vector stays zero."
     return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30)
@@ -62,10 +62,10 @@ def softmax_statistics(
 
 
 def normed(
-    h: Float[Tensor, "... h"],
+    h: Float[Tensor, "... h"],  # states, of any float type
     eps: float = 1e-6,  # of the final norm
     center: bool = False,  # True for a LayerNorm, which takes the mean off first
-) -> Float[Tensor, "... h"]:
+) -> Float[Tensor, "... h"]:  # fp32
     "A state as the final norm hands it on, before its gain."
     h = h.float()
     h = h - h.mean(-1, keepdim=True) if center else h
@@ -79,7 +79,7 @@ def lens_statistics(
     bias: Float[Tensor, "v"] | None = None,  # of the head
     budget: int = 2**28,  # bytes that the logits of one chunk and what is made of them may take
     **norm,  # eps, center: of the final norm
-) -> dict[str, Float[Tensor, "n"]]:
+) -> dict[str, Float[Tensor, "n"]]:  # lens_cosine, lens_js, lens_kl = KL(chosen‖rejected), lens_lk the other way
     "`softmax_statistics` of the two logit lenses, a few rows at a time."
     if W_U.shape[-1] != cho.shape[-1]:
         raise UserError(f"the head reads states of width {W_U.shape[-1]}, these have {cho.shape[-1]}; give W_U as (vocabulary, width)")
@@ -95,7 +95,7 @@ def gathered_logits(
     W_U: Float[Tensor, "v h"],  # output head with the final norm's gain folded in
     bias: Float[Tensor, "v"] | None = None,  # of the head
     **norm,  # eps, center: of the final norm
-) -> Float[Tensor, "t"]:
+) -> Float[Tensor, "t"]:  # logits, not log-probabilities
     "The logit-lens logit of the token that followed each state."
     found = (normed(h, **norm) * W_U[tokens]).sum(-1)
     return found if bias is None else found + bias[tokens]
@@ -103,8 +103,8 @@ def gathered_logits(
 # %% ../../nbs/04_decompose/04_statistics.ipynb #s-018
 def fold_of(
     keys,  # one a row; rows of one key stay together
-    folds: int = 5,
-    seed: int = 0,
+    folds: int = 5,  # at most so many; fewer where there are fewer keys
+    seed: int = 0,  # which keys share a fold
 ) -> Integer[Tensor, "n"]:  # 0 … folds-1
     "The fold of each row, whole keys at a time."
     _, place = np.unique(np.asarray(keys), return_inverse=True)
@@ -138,7 +138,7 @@ def all_statistics(
     folds: Integer[Tensor, "n"],  # from `fold_of`
     W_U: Float[Tensor, "v h"] | None = None,  # output head with the gain folded in; None: without the logit lens
     **options,  # of `lens_statistics`: bias, budget, eps, center
-) -> dict[str, Float[Tensor, "n"]]:
+) -> dict[str, Float[Tensor, "n"]]:  # sixteen by name, twelve without the lens
     "Every statistic of this page, of one layer; those of `SIGNED` change sign when the answers are swapped."
     lens = lens_statistics(cho, rej, W_U, **options) if W_U is not None else {}
     plain = softmax_statistics(cho, rej)

@@ -55,15 +55,15 @@ def overlap(
     return (A.mT @ B).square().sum((-2, -1))/min(A.shape[-1], B.shape[-1])
 
 def energy(
-    x:Float[Tensor, "n h"],
+    x:Float[Tensor, "n h"],      # states, or differences of states
     B:Float[Tensor, "... h k"],  # orthonormal columns
 ) -> Float[Tensor, "... n"]:     # 0 … 1; by chance k/h
     "Share of each vector's squared length that lies in a subspace."
     return (x @ B).square().sum(-1)/x.square().sum(-1).clamp(min=1e-30)
 
 def fitted_direction(
-    cho:Float[Tensor, "n h"],    # states to fit on
-    rej:Float[Tensor, "n h"],
+    cho:Float[Tensor, "n h"],    # states to fit on, of the chosen answers
+    rej:Float[Tensor, "n h"],    # of the rejected answers
     B:Float[Tensor, "... h k"],  # orthonormal columns
 ) -> Float[Tensor, "... h"]:     # of length 1
     "The mean difference of chosen and rejected, as far as it lies in a subspace."
@@ -71,9 +71,9 @@ def fitted_direction(
     return mean/mean.norm(dim=-1, keepdim=True).clamp(min=1e-30)
 
 def ordered(
-    cho:Float[Tensor, "n h"],    # states to judge on
-    rej:Float[Tensor, "n h"],
-    u:Float[Tensor, "... h"],
+    cho:Float[Tensor, "n h"],    # states to judge on, of the chosen answers
+    rej:Float[Tensor, "n h"],    # of the rejected answers
+    u:Float[Tensor, "... h"],    # a direction, of any length
 ) -> Float[Tensor, "... n"]:     # 1 the chosen is further along u, 0 the rejected, ½ a tie
     "Which pairs a direction orders rightly."
     gap = u @ (cho - rej).T

@@ -60,9 +60,9 @@ def token_paths(
     x:Float[Tensor, "k n h"],         # states divided by the final norm's scale, layer by layer
     tokens:Integer[Tensor, "n c"],    # whose log-probabilities are wanted
     total:Float[Tensor, "k n"],       # from `lens_top`
-    W_U:Float[Tensor, "v h"],
-    bias:Float[Tensor, "v"],
-) -> Float[Tensor, "n c k"]:
+    W_U:Float[Tensor, "v h"],         # the head, gain folded in
+    bias:Float[Tensor, "v"],          # constant of each logit
+) -> Float[Tensor, "n c k"]:          # nats
     "Log-probability of some tokens in every layer."
     return torch.stack([W_U[t] @ x[:, i].T + bias[t][:, None] - total[:, i] for i, t in enumerate(tokens)])
 
@@ -78,6 +78,7 @@ def trajectories(
     first = torch.cat([torch.ones(len(tokens), 1, dtype=torch.bool), tokens[:, 1:] != tokens[:, :-1]], 1)
     return Trajectories(tokens, first, token_paths(x, tokens, torch.stack(total), W_U, bias))
 
+# %% ../../nbs/04_decompose/03_suppressed.ipynb #cell-011c
 def hump(
     logps:Float[Tensor, "... k"], # of one token in every layer
 ) -> Float[Tensor, "..."]:        # nats; below 0: it is never above both ends
@@ -85,7 +86,7 @@ def hump(
     return logps[..., 1:-1].amax(-1) - torch.maximum(logps[..., 0], logps[..., -1])
 
 def risen_and_fallen(
-    paths:Trajectories,
+    paths:Trajectories,      # from `trajectories`
     least:float=2.0,         # nats
 ) -> Float[Tensor, "n"]:     # tokens
     "Tokens of each row that rise above both ends by at least `least`."
@@ -94,7 +95,7 @@ def risen_and_fallen(
 # %% ../../nbs/04_decompose/03_suppressed.ipynb #cell-013
 def reordered(
     h:Float[Tensor, "k n h"],  # states after 0, 1, … blocks
-    seed:int=0,
+    seed:int=0,                # of the blocks' order, the same for all rows
 ) -> Float[Tensor, "k n h"]:
     "The same first and last state, the blocks' writings added in another order."
     order = torch.randperm(len(h) - 1, generator=generator(seed, "blocks"))
@@ -107,17 +108,19 @@ CLASSES = ("none", "prediction", "suppression", "partition")
 class Moments:
     "The shape of each neuron's effect on the logits."
     variance: Float[Tensor, "m"]  # over tokens, of a writer of length 1
-    skew: Float[Tensor, "m"]
+    skew: Float[Tensor, "m"]      # above 0: the longer tail is of tokens that are raised
     kurtosis: Float[Tensor, "m"]  # 0 for a normal distribution
 
     def __len__(self) -> int: return len(self.variance)
 
-    def index(self, rows) -> "Moments":
+    def index(self,
+        rows, # which neurons: a slice, integers or a mask
+    ) -> "Moments":
         "Some of the neurons."
         return Moments(self.variance[rows], self.skew[rows], self.kurtosis[rows])
 
 def join(
-    parts:list[Moments],
+    parts:list[Moments], # one for each block, in the order wanted
 ) -> Moments:
     "Neurons of several blocks, one after the other."
     return Moments(*(torch.cat([getattr(p, name) for p in parts]) for name in ("variance", "skew", "kurtosis")))
@@ -140,9 +143,10 @@ def logit_moments(
         found.append(Moments(second.float(), (third/second**1.5).float(), (fourth/second**2 - 3).float()))
     return join(found)
 
+# %% ../../nbs/04_decompose/03_suppressed.ipynb #cell-026c
 def shuffled_writers(
-    down:Float[Tensor, "h m"],
-    seed:int=0,
+    down:Float[Tensor, "h m"],  # neurons' writers, one column each; left as they are
+    seed:int=0,                 # of the orders
 ) -> Float[Tensor, "h m"]:
     "Each neuron's weights in another order: the same length and values, another direction."
     order = torch.rand(down.shape, generator=generator(seed, "writers")).argsort(0)

@@ -77,34 +77,34 @@ class RowSpace:
         return replace(self, k=k)
 
     def coordinates(self,
-        h:Float[Tensor, "... h"],
+        h:Float[Tensor, "... h"],      # states, or differences of states
     ) -> Float[Tensor, "... r"]:
         "A state in all directions, in fp32 or better."
         h = h.to(torch.promote_types(h.dtype, torch.float32))
         return h @ self.Vh.to(h).T
 
     def project(self,
-        h:Float[Tensor, "... h"],
+        h:Float[Tensor, "... h"],      # states, or differences of states
     ) -> Float[Tensor, "... h"]:
         "h_w: what lies in the directions that count."
         c = self.coordinates(h)[..., :self.k]
         return c @ self.basis.to(c)
 
     def residual(self,
-        h:Float[Tensor, "... h"],
+        h:Float[Tensor, "... h"],      # states, or differences of states
     ) -> Float[Tensor, "... h"]:
         "h_r: all the rest."
         return h - self.project(h)
 
     def curve(self,
-        h:Float[Tensor, "... h"],
+        h:Float[Tensor, "... h"],      # states, or differences of states
     ) -> Float[Tensor, "... r"]:       # at k = 1 … r; nan for a state of length 0
         "‖P_k h‖²/‖h‖² at every k."
         return self.coordinates(h).square().cumsum(-1)/h.to(torch.promote_types(h.dtype, torch.float32)).square().sum(-1, keepdim=True)
 
     def energy(self,
-        h:Float[Tensor, "... h"],
-    ) -> Float[Tensor, "..."]:         # 0 … 1
+        h:Float[Tensor, "... h"],      # states, or differences of states
+    ) -> Float[Tensor, "..."]:         # 0 … 1; nan for a state of length 0
         "‖P_k h‖²/‖h‖², the share of a state that counts."
         return self.curve(h)[..., self.k - 1]
 
@@ -172,7 +172,7 @@ def random_energy(
     M:Float[Tensor, "l h h"],    # from `moment`, one for each layer
     k:int,                       # rank
     n:int=1000,                  # draws
-    seed:int=0,
+    seed:int=0,                  # of the draws
 ) -> Float[Tensor, "n l"]:
     "The mean share that random subspaces hold; one draw serves all layers."
     h = M.shape[-1]
@@ -181,8 +181,8 @@ def random_energy(
     return torch.cat(held) @ torch.linalg.eigvalsh(M).to("cpu", torch.float64).T
 
 def shuffle_columns(
-    W:Float[Tensor, "v h"],
-    seed:int=0,
+    W:Float[Tensor, "v h"],      # the head, with the norm's gain folded in; left as it is
+    seed:int=0,                  # of the rows drawn and of every column's order
     rows:int=8192,               # of a larger vocabulary, so many, drawn without replacement
 ) -> Float[Tensor, "r h"]:
     "Every column in an order of its own: coordinates as loud as before, none of them together."

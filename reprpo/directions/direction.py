@@ -23,6 +23,7 @@ def _size(v:Float[Tensor, "h"]) -> Float[Tensor, ""]:
     "Squared length in fp64, where no fp32 vector's is lost; never 0, so that it can be divided by."
     return v.double().square().sum().clamp(min=TINY)
 
+# %% ../../nbs/05_directions/00_direction.ipynb #cell-005b
 @dataclass(frozen=True, eq=False, repr=False)
 class Direction(Mapping):
     "A vector at each site, fp32 on the CPU; a mapping site -> vector that can't be changed."
@@ -61,7 +62,9 @@ class Direction(Mapping):
             site, h = odd[0]
             raise UserError(f"{what}: the directions differ in sites or widths, {site} (width {h}) is only in one of them; choose common sites with at()")
 
-    def map(self, f) -> "Direction":
+    def map(self,
+        f, # vector of width h -> vector; gets a copy, in fp32
+    ) -> "Direction":
         "The same with `f` applied to each vector."
         return Direction({site: f(v.clone()) for site, v in self.vectors.items()})
 
@@ -104,7 +107,9 @@ class Direction(Mapping):
         "The same directions at length 1."
         return self.as_long_as(1.0)
 
-    def cosine(self, other:"Direction") -> dict[str, float]:
+    def cosine(self,
+        other:"Direction", # at the same sites, of the same widths
+    ) -> dict[str, float]:
         "Cosine with another at each site; 0 where one of them is 0."
         self._same(other, "a cosine")
         return {s: (v.double() @ other.vectors[s].double() / (_size(v) * _size(other.vectors[s])).sqrt()).item() for s, v in self.vectors.items()}

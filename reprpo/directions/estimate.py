@@ -73,6 +73,7 @@ def _each(find, cho:Sites, rej:Sites) -> Direction:
     found = {s: (host(cho[s]), host(rej[s])) for s in _checked(cho, rej)}
     return Direction({s: along(find(c, r), mean_difference(c, r)) for s, (c, r) in found.items()})
 
+# %% ../../nbs/05_directions/01_estimate.ipynb #cell-006c
 def means(
     cho:Sites,  # site -> chosen answers' pooled states, n h
     rej:Sites,  # the same of the rejected answers
@@ -109,7 +110,7 @@ def random(
     cho:Sites,    # site -> chosen answers' pooled states, n h
     rej:Sites,    # the same of the rejected answers
     *,
-    seed:int=0,
+    seed:int=0,   # of the noise
 ) -> Direction:
     "The null: noise as long as the mean difference."
     found = {}

@@ -24,11 +24,11 @@ from ..io import atomic_write
 KEY = "reprpo.direction" # of the one entry in the header, which is JSON, so that equal directions make equal files
 
 def save_direction(
-    direction:Direction,
+    direction:Direction, # at any sites, of any widths
     path:str|Path,       # of the file, as steer.safetensors; made or replaced as a whole
     model:str="",        # fingerprint of the model it was measured in; "": not told
     **told,              # anything else worth keeping that JSON can hold, as reduce="mean", layers=[2, 4]
-) -> Path:
+) -> Path:               # of the file written
     "Save a direction as safetensors: one tensor a site, and what is told in the header."
     if "sites" in told: raise UserError("save_direction: sites has a meaning of its own here; give it another name")
     return atomic_write(path, save(dict(direction), {KEY: json.dumps({"model": model, "sites": list(direction)} | told, ensure_ascii=False)}))
@@ -125,6 +125,7 @@ class _Reader:
         raw = self.take(n*width)
         return list(struct.unpack(f"<{n}{SCALARS[kind]}", raw))
 
+# %% ../../nbs/05_directions/02_files.ipynb #cell-012c
 def _vectors(r:_Reader, tensors:list[tuple], align:int) -> dict[str, torch.Tensor]:
     "The data of tensors that are directions."
     base, found = r.at + _pad(r.at, align), {}

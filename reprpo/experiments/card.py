@@ -44,7 +44,7 @@ def read_change(
 
 def headroom(
     base:float,    # accuracy of the base, %
-    polarity:int,
+    polarity:int,  # +1 should rise, -1 should fall, 0 must stay
 ) -> str:          # nothing where there is room
     "Is there room for what should happen?"
     left = {1: 100 - base, -1: base}.get(polarity)
@@ -64,7 +64,7 @@ class Card:
     rows:list[dict]          # set, role, polarity, n, base, adapter (%), points, low, high, reading, headroom
     kl:dict|None = None      # KL(π‖ref), nats per token
     coherence:dict|None = None # status, damage, worst, samples
-    notes:tuple[str, ...] = LIMITS
+    notes:tuple[str, ...] = LIMITS # what a reader must know, the limits first
     files:dict = field(default_factory=dict) # of the model card: folder, base
 
     def asdict(self) -> dict:
@@ -117,7 +117,7 @@ class Card:
 
 # %% ../../nbs/10_experiments/05_card.ipynb #c12
 def unseen(
-    policy:Policy,
+    policy:Policy,        # what is judged
     evals:tuple,          # as given
     train:str|None,       # what it was trained on, where its folder does not say
     **changes,            # of RunConfig
@@ -169,7 +169,7 @@ def _row(found:Evaluation, s:dict) -> dict:
                       headroom=headroom(base, s["polarity"]))
 
 def make_card(
-    found:Evaluation,
+    found:Evaluation,            # from `examine`
     source:str="the sets given", # where the rows come from
 ) -> Card:
     "A card from what was measured."
@@ -181,6 +181,7 @@ def make_card(
     return Card(title, _facts(p), source, [_row(found, sets[c]) for c in order], found.moved, found.texts, (*LIMITS, *small, *found.notes),
                 _files(p))
 
+# %% ../../nbs/10_experiments/05_card.ipynb #cell-016
 def judge(
     what:str|Path,           # run folder, PEFT adapter or full model: a folder, or a name on the hub
     evals:tuple=(),          # [LABEL[:POLARITY]=]SPEC strings of rows held back; none: fresh rows of the world
@@ -226,7 +227,7 @@ def reload_code(
     return "\n".join(lines + [f"model = PeftModel.from_pretrained(model, {folder!r})"]*(library == "peft"))
 
 def front_matter(
-    card:Card,
+    card:Card, # from `make_card`
 ) -> dict:     # of the hub's model card
     "What machines read: library, base, tags and the numbers."
     base, library = card.files["base"], card.files["library"]
@@ -238,7 +239,7 @@ def front_matter(
     return ({"base_model": base} if on_hub else {}) | head | {"model-index": [dict(name=card.title.removeprefix("Card of "), results=numbers)]}
 
 def model_card(
-    card:Card,
+    card:Card,           # from `make_card`
     where:str|None=None, # what the reader has as the adapter's folder; None: where it was judged
 ) -> str:                # README.md
     "The card in the hub's format, with the code that reloads what was judged."

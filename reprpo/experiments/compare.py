@@ -32,8 +32,8 @@ from ..train.method import Method
 
 # %% ../../nbs/10_experiments/04_compare.ipynb #cell-005
 def with_controls(
-    config:CompareConfig,
-    methods:list[Method],
+    config:CompareConfig,  # controls
+    methods:list[Method],  # as asked for
 ) -> list[Method]:     # the methods, and the controls that are not among them
     "What will run."
     if config.controls == "none": return methods
@@ -42,7 +42,7 @@ def with_controls(
 
 # %% ../../nbs/10_experiments/04_compare.ipynb #cell-008
 def judge_base(
-    bench:Bench,
+    bench:Bench,   # what runs share
     out:Path,      # output folder of the comparison
     kl:bool,       # will KL be measured?
 ) -> Probe:        # what every run is asked
@@ -60,13 +60,14 @@ def judge_base(
         raise UserError(f"the pairs have changed since {out} was begun; choose another --out, or delete it")
     return make_probe(bench, folder, kl)
 
+# %% ../../nbs/10_experiments/04_compare.ipynb #cell-010x
 def tune(
-    config:CompareConfig,
-    bench:Bench,
-    methods:list[Method],
+    config:CompareConfig,     # out, stack, score, and what is tuned
+    bench:Bench,              # what runs share
+    methods:list[Method],     # that will run, controls included
     crew:Crew,                # worker processes
-    probe:Probe,
-    say:Callable,
+    probe:Probe,              # neutral prompts and the reference's text
+    say:Callable,             # told the progress
 ) -> tuple[dict, dict]:       # label -> rate; run -> reason of those that failed
     "Choose every method's learning rate or strength, and write down how."
     out, tried = Path(config.out), grids(config, bench.model, methods)
@@ -81,9 +82,9 @@ def tune(
     return {m.label: found[tuned_as(m)]["chosen"] for m in methods if tuned_as(m) in found}, failed
 
 def hire(
-    config:CompareConfig,
-    bench:Bench,
-    methods:list[Method],
+    config:CompareConfig,     # out, jobs, and what follows from the rest: the runs
+    bench:Bench,              # what runs share
+    methods:list[Method],     # that will run, controls included
     given:tuple,              # as the caller gave them
 ) -> Crew:
     "As many workers as there is work for."
@@ -91,6 +92,7 @@ def hire(
     n = how_many(config, sum(not is_done(j.folder) for j in jobs), bench, given)
     return Crew("reprpo.experiments.jobs:start_worker", n, Path(config.out)/"logs")
 
+# %% ../../nbs/10_experiments/04_compare.ipynb #cell-012x
 def conduct(
     config:CompareConfig,      # checked
     methods:tuple,             # strings, Methods or loss functions
@@ -130,9 +132,9 @@ def conduct(
 
 # %% ../../nbs/10_experiments/04_compare.ipynb #cell-009
 def describe(
-    config:CompareConfig,
-    bench:Bench,
-    methods:list[Method],
+    config:CompareConfig,  # with the sets named
+    bench:Bench,           # what runs share
+    methods:list[Method],  # that will run, controls included
     cut=None,            # Constructed: sets that were cut from the training pairs
 ) -> list[str]:
     "The plan in a few lines, the number of runs first."
@@ -193,6 +195,7 @@ def finish(
     "Read what is in the folder and write results.csv, summary.json and the report."
     return read_results(out, *more, score=score, ceilings=ceilings).write()
 
+# %% ../../nbs/10_experiments/04_compare.ipynb #cell-016x
 def compare_command(
     config:CompareConfig, # checked
 ) -> int:                 # exit status
@@ -204,7 +207,9 @@ def compare_command(
     print(f"reprpo: {count(len(results.failed), 'run')} failed: {reasons}", file=sys.stderr)
     return 1
 
-def tell(text: str) -> None:
+def tell(
+    text:str, # a line, or several
+) -> None:
     "Print at once."
     print(text, flush=True)
 

@@ -25,26 +25,28 @@ from ..train.config import TrainConfig as Training
 N, X, Name, Spec = (arg(metavar=m) for m in ("N", "X", "NAME", "SPEC"))
 Evals = arg(metavar="[LABEL[:POLARITY]=]SPEC...", help_behavior_hint="(default: the world's own)")
 
-def unset(metavar: str, meaning: str):
+def unset(
+    metavar:str, # what help shows in place of the value, such as N
+    meaning:str, # what None means, which help shows as the default
+):               # for `Annotated`
     "An option that is None unless given, and what None means."
     return arg(metavar=metavar, help_behavior_hint=f"(default: {meaning})")
 
 BY_SIZE = "by the model's size"
 
+# %% ../../nbs/10_experiments/00_config.ipynb #cell-007x
 @dataclass(frozen=True)
 class RunConfig:
     "Everything that decides a run, but for its method: the one place of these defaults."
     model: Annotated[str, Name] = "world"  # `world` (embedded), a model's name, or its folder
     train: Annotated[str, Spec] = "world:facts/train"  # pairs to train on
-    # sets to judge on, the in-domain one first; polarity +1 should rise, -1 fall, 0 stay
-    eval: Annotated[tuple[str, ...], Evals] = ()
+    eval: Annotated[tuple[str, ...], Evals] = ()  # sets to judge on, the in-domain one first; polarity +1 should rise, -1 fall, 0 stay
     seed: Annotated[int, N] = 0  # (first) seed: data order, adapter, dropout
     steps: Annotated[int | None, unset("N", BY_SIZE)] = None  # optimiser steps
     batch_size: Annotated[int | None, unset("N", BY_SIZE)] = None  # pairs per optimiser step
     micro_batch: Annotated[int | None, unset("N", "as fits")] = Training.micro_batch  # pairs per forward pass
     lr: Annotated[float | None, unset("X", "the method's")] = Training.lr  # peak learning rate
-    # layers that hidden-state methods read: 4, -2, 0.5, range(0.3,-2)
-    layers: Annotated[str | None, unset("LAYERS", "the method's")] = Training.layers
+    layers: Annotated[str | None, unset("LAYERS", "the method's")] = Training.layers  # layers that hidden-state methods read: 4, -2, 0.5, range(0.3,-2)
     max_length: Annotated[int | None, unset("N", "the model's")] = Training.max_length  # longest pair, in tokens
     on_truncate: Literal["drop", "truncate", "error"] = Training.on_truncate  # what to do with longer pairs
     max_dropped: Annotated[float, X] = Training.max_dropped  # share of a set that may be dropped before it is an error
@@ -53,27 +55,23 @@ class RunConfig:
     quantize: Literal["none", "8bit", "4bit"] = "none"  # weights of the base model through bitsandbytes
     template: Literal["auto", "chat", "plain"] = "auto"  # how pairs become text; auto: the model's chat template where it has one
     system: Annotated[str | None, unset("TEXT", "none")] = None  # system message of the chat template
-    # variables of the chat template, such as enable_thinking=false
-    template_options: Annotated[tuple[str, ...], unset("KEY=VALUE...", "the template's own")] = ()
+    template_options: Annotated[tuple[str, ...], unset("KEY=VALUE...", "the template's own")] = ()  # chat template variables, such as enable_thinking=false
     precision: Literal["fp32", "bf16", "fp16"] = Training.precision  # of training, fp16 on a GPU only; scores are always taken in dtype
-    # a row per answer (its repeats are bit-equal), per pair, or for several; auto: the cheapest that the model reads
-    layout: Literal["auto", "concat", "shared", "packed"] = Training.layout
+    layout: Literal["auto", "concat", "shared", "packed"] = Training.layout  # a row per answer (repeats bit-equal), per pair, or several; auto: the cheapest
     checkpointing: bool = Training.checkpointing  # less memory, more time
     save_every: Annotated[int, N] = Training.save_every  # steps between checkpoints that a killed run resumes from; 0: none
     rank: Annotated[int | None, unset("N", BY_SIZE)] = None  # LoRA rank
     alpha: Annotated[float | None, unset("X", BY_SIZE)] = None  # LoRA alpha: its output is scaled by alpha / rank
     rslora: bool = Training.rslora  # scale by alpha / sqrt(rank)
     dropout: Annotated[float, X] = Training.dropout  # LoRA dropout
-    # ends of names of the modules that get an adapter
-    targets: Annotated[tuple[str, ...], unset("NAME...", "all-linear")] = Training.targets
+    targets: Annotated[tuple[str, ...], unset("NAME...", "all-linear")] = Training.targets  # ends of names of the modules that get an adapter
     score: Literal["mean", "sum"] = "mean"  # an answer's score: mean or sum over its tokens' log-probs
     eval_n: Annotated[int, N] = 1000  # most rows of a set to judge on; a spec's own n= wins
     frontier: bool = False  # score the adapter at several strengths too, with its KL from the reference at each
     scales: Annotated[tuple[float, ...], arg(metavar="X...")] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # the strengths; 1 is as trained
     frontier_n: Annotated[int, N] = 300  # most rows of a set at strengths other than 1
     coherence: bool = False  # let the model write, and measure what has become of its text
-    # SPECs whose prompts KL and coherence are measured on
-    neutral: Annotated[tuple[str, ...], unset("SPEC...", "the world's own; else sets that must stay, else validation")] = ()
+    neutral: Annotated[tuple[str, ...], unset("SPEC...", "the world's own; else sets that must stay, else validation")] = ()  # prompts for KL and coherence
 
     def asdict(self) -> dict:
         "Plain values, for files."
@@ -85,13 +83,11 @@ FREE = ("out", "jobs", "stack", "score", "ceilings", "layout")  # keys that may 
 @dataclass(frozen=True)
 class CompareConfig(RunConfig):
     "Train every method with every seed on the same pairs, and judge all on the same rows. What is finished is kept; the same command goes on."
-    # such as dpo dpo:beta=0.5 hs-none-inner:align=cross_sim (see `reprpo methods`)
-    methods: Positional[Annotated[tuple[str, ...], arg(metavar="METHOD...", help_behavior_hint="")]] = ()
+    methods: Positional[Annotated[tuple[str, ...], arg(metavar="METHOD...", help_behavior_hint="")]] = ()  # such as dpo dpo:beta=0.5 (see `reprpo methods`)
     seeds: Annotated[int, N] = 10  # how many seeds: seed, seed+1, ...; fewer than 6 give no verdict
     controls: Literal["none", "all"] = "none"  # all: undirected, random and exchanged directions, and dpo a second time
     tune_lr: bool = True  # choose each method's learning rate on validation pairs, from the same grid
-    # the grid
-    lrs: Annotated[tuple[float, ...], unset("X...", "0.1, 0.3, 1 and 3 times 1e-3, scaled by 128/width")] = ()
+    lrs: Annotated[tuple[float, ...], unset("X...", "0.1, 0.3, 1 and 3 times 1e-3, scaled by 128/width")] = ()  # the grid
     tune_seeds: Annotated[int, N] = 2  # seeds of tuning runs; never those of the comparison
     frontier: bool = True  # score the adapters at several strengths too, with their KL from the reference at each
     coherence: bool = True  # let the models write, and measure what has become of their text
@@ -104,11 +100,12 @@ class CompareConfig(RunConfig):
 @dataclass(frozen=True)
 class TrainOne(RunConfig):
     "Train one method with one seed, and score it beside its base: one run folder, no verdict."
-    # such as dpo:beta=0.1 (see `reprpo methods`)
-    method: Positional[Annotated[str, arg(metavar="METHOD", help_behavior_hint="")]] = ""
+    method: Positional[Annotated[str, arg(metavar="METHOD", help_behavior_hint="")]] = ""  # such as dpo:beta=0.1 (see `reprpo methods`)
     out: Annotated[str, arg(metavar="DIR")] = "reprpo-run"  # run folder to make
 
-def shared(config: RunConfig) -> RunConfig:
+def shared(
+    config:RunConfig, # of any kind; what a kind adds to RunConfig is left out
+) -> RunConfig:
     "The part of a configuration that its runs share."
     return RunConfig(**{f.name: getattr(config, f.name) for f in fields(RunConfig)})
 
@@ -196,7 +193,9 @@ def plan_evals(
         plans.append(EvalPlan(e.label, polarity, role if plans else "in_domain", str(e.spec)))
     return plans
 
-def must_cut(config:RunConfig) -> bool:
+def must_cut(
+    config:RunConfig, # train, eval
+) -> bool:
     "Whether the sets to judge on have to be cut from the training pairs: none were given, and none are known."
     return not config.eval and PairSpec.parse(config.train).kind != "world" and not has_suite(config.train)
 

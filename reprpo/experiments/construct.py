@@ -32,7 +32,7 @@ from ..states.score import score
 
 # %% ../../nbs/10_experiments/00_construct.ipynb #cell-005
 def prompt_states(
-    model:nn.Module,
+    model:nn.Module,           # a causal LM; only read
     prompts:list[list[int]],   # token ids
     site:str,                  # where the states are read: "hs.3"
     batch_size:int=32,         # prompts in a forward
@@ -67,6 +67,7 @@ def main_directions(
     vectors = vectors[:, ::-1][:, :min(dims, len(x) - 1)]
     return z @ vectors/np.sqrt(values[-1])
 
+# %% ../../nbs/10_experiments/00_construct.ipynb #cell-007x
 @dataclass(frozen=True)
 class Measured:
     "What is known of each row before any training."
@@ -79,7 +80,7 @@ class Measured:
     z: np.ndarray                    # of each key, main directions of its prompts' states
 
 def measure(
-    pairs:PairSet,
+    pairs:PairSet,        # the set that is to be cut
     tokens:TokenSet,      # of the same pairs, `row` being the place in `pairs`
     model:nn.Module,      # before training
     layers:str="0.5",     # depth at which prompts are compared
@@ -106,8 +107,8 @@ def find_topics(
     z:np.ndarray,        # (k, d), main directions of each key
     sizes:np.ndarray,    # (k,), rows of each key
     share:float,         # of the rows to hold out
-    seed:int=0,
-    clusters:int=12,
+    seed:int=0,          # where k-means starts
+    clusters:int=12,     # at most; no more than one for every five keys
 ) -> np.ndarray:         # (k,), True for the keys held out; nowhere where there are no clusters
     "Whole clusters of keys, the farthest from the rest first, then those nearest to it, about `share` of the rows."
     from sklearn.cluster import KMeans
@@ -125,18 +126,23 @@ def find_topics(
         if rows[chosen].sum() + rows[c] <= 2*want: chosen.append(c)
     return np.isin(km.labels_, chosen)
 
+# %% ../../nbs/10_experiments/00_construct.ipynb #cell-013x
 def _first(keys:np.ndarray, sizes:np.ndarray, rows:float) -> np.ndarray:
     "The leading keys that have about so many rows together."
     return keys[:int((np.cumsum(sizes[keys]) - sizes[keys]/2 <= rows).sum())]
 
-def length_sides(cho, rej) -> tuple[np.ndarray, np.ndarray]:
+def length_sides(
+    cho, # (n,), scored tokens of each chosen answer
+    rej, # (n,), the same of the rejected
+) -> tuple[np.ndarray, np.ndarray]:
     "(rows of nearly equal lengths, +1 where the chosen answer is clearly the longer, -1 where the rejected is, 0 where they are near)."
     gap = (np.asarray(cho) - np.asarray(rej))/np.maximum(cho, rej)
     near = np.abs(gap) <= NEAR
     return near, np.where(near, 0, np.sign(gap)).astype(int)
 
+# %% ../../nbs/10_experiments/00_construct.ipynb #cell-015x
 def cut_sets(
-    m:Measured,
+    m:Measured,         # from `measure`
     seed:int=0,         # which keys are drawn, and where k-means starts
     share:float=0.1,    # of the rows, for each shift; the test set gets twice as much
 ) -> tuple[dict[str, np.ndarray], list[str]]: # rows of each set, training first; a line for each set left out
@@ -194,6 +200,7 @@ ABOUT = {
     "length_flipped": "the longer answer on the other side from most of training",
 }
 
+# %% ../../nbs/10_experiments/00_construct.ipynb #cell-018x
 @dataclass(frozen=True)
 class Constructed:
     "Training set, test set and shifts cut from one set."
@@ -212,7 +219,9 @@ class Constructed:
         "The sets to judge on."
         return [EvalPlan(k, 1, "in_domain" if k == "test" else "transfer", str(Path(folder)/f"{k}.jsonl")) for k in self.sets if k != "train"]
 
-    def options(self, folder:str|Path) -> list[str]:
+    def options(self,
+        folder:str|Path,    # where `write` put the sets
+    ) -> list[str]:
         "The part of a command line that names these sets."
         return ["--train", str(Path(folder)/"train.jsonl"), "--eval", *(f"{p.label}={p.spec}" for p in self.plans(folder))]
 
@@ -251,13 +260,15 @@ class Constructed:
         table = "\n".join(f"| {' | '.join(r)} | {('what it is' if i == 0 else '---' if i == 1 else ABOUT[r[0]])} |" for i, r in enumerate(lines))
         return "\n".join([table, "", *(f"{note}.  " for note in self.notes)])
 
+# %% ../../nbs/10_experiments/00_construct.ipynb #cell-019xx
 def _ours(folder:Path) -> bool:
     "Was this folder written here?"
     try: return read_json(folder/"manifest.json").get("made_by") == "construct"
     except (OSError, ValueError, AttributeError): return False
 
+# %% ../../nbs/10_experiments/00_construct.ipynb #cell-019x
 def describe_sets(
-    m:Measured,
+    m:Measured,                   # from `measure`
     sets:dict[str, np.ndarray],   # rows of each set
 ) -> dict[str, dict]:             # rows, keys, chosen longer, AUROC of length, reference right, distance to training, rows also in test
     "How far each set is from training."
@@ -273,10 +284,11 @@ def describe_sets(
                            distance=near(rows, 2 if name == "train" else 1)/unit, in_test=len(test & set(rows)))
     return found
 
+# %% ../../nbs/10_experiments/00_construct.ipynb #cell-021x
 def construct(
     pairs:PairSet,              # the one set there is
     model:nn.Module,            # before training
-    tokenizer,
+    tokenizer,                  # a Hugging Face tokenizer
     seed:int=0,                 # which keys are drawn
     layers:str="0.5",           # depth at which prompts are compared
     share:float=0.1,            # of the rows, for each shift; the test set gets twice as much

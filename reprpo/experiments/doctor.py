@@ -48,8 +48,8 @@ class Finding:
 @dataclass(frozen=True)
 class Diagnosis:
     "All lines, in order."
-    model:str
-    findings:tuple[Finding, ...] = field(repr=False)
+    model:str                              # as it was named, or what was looked at instead
+    findings:tuple[Finding, ...] = field(repr=False) # a line each
 
     @property
     def ok(self) -> bool:
@@ -131,18 +131,23 @@ ROWS = [dict(prompt=p, chosen=c, rejected=r) for p, c, r in (
 @dataclass
 class Patient:
     "What every check looks at."
-    model:nn.Module
-    tokenizer:object
-    tokens:TokenSet|None = None
+    model:nn.Module                          # the base; an adapter goes on and comes off
+    tokenizer:object                         # a Hugging Face tokenizer
+    tokens:TokenSet|None = None              # of ROWS; put there by `check_tokens`
     sites:dict = field(default_factory=dict) # "residual stream", "side inputs", "side outputs" -> two sites
     log:dict = field(default_factory=dict)   # numbers found, for whoever wants them
 
-    def batch(self, rows=None, layout:str="concat"):
+    def batch(self,
+        rows=None,           # places in `tokens`, in the batch's order; None: all
+        layout:str="concat", # concat | shared | packed
+    ):                       # a `PairBatch`
         "Some rows as one batch on the model's device."
         rows = list(range(len(self.tokens))) if rows is None else rows
         return collate([self.tokens[i] for i in rows], rows, pad_id(self.tokenizer), layout).to(bare(self.model).device)
 
-def check_tokens(p:Patient) -> Finding:
+def check_tokens(
+    p:Patient, # `tokens` is put on it
+) -> Finding:
     "A fast tokenizer that can end an answer, and what it puts around texts."
     t = p.tokenizer
     check_tokenizer(t)
@@ -151,7 +156,9 @@ def check_tokens(p:Patient) -> Finding:
     chat = "chat template" if getattr(t, "chat_template", None) else "no chat template: plain prompts"
     return Finding("tokenizer", "ok", f"fast, {len(t)} tokens, EOS {t.eos_token}, {pad}, {bos}; {chat}")
 
-def check_layers(p:Patient) -> Finding:
+def check_layers(
+    p:Patient, # `sites` is put on it
+) -> Finding:
     "The blocks, and the modules that read and write the stream."
     n = len(decoder_blocks(p.model))
     middle = sorted({n // 3, 2 * n // 3})
@@ -165,12 +172,16 @@ def check_layers(p:Patient) -> Finding:
 # %% ../../nbs/10_experiments/10_doctor.ipynb #cell-012
 def _worst(a, b) -> float: return float((a[["logp_cho", "logp_rej"]] - b[["logp_cho", "logp_rej"]]).abs().max().max())
 
-def check_logps(p:Patient) -> Finding:
+def check_logps(
+    p:Patient, # with tokens
+) -> Finding:
     "The head is the one we know, and nothing is done to its logits that we don't."
     gap = p.log["logits"] = check_head(p.model, p.batch([0]))
     return Finding("log-probabilities", "ok", f"the model's own, to {gap:.1g} nats a token")
 
-def check_padding(p:Patient) -> Finding:
+def check_padding(
+    p:Patient, # with tokens
+) -> Finding:
     "A row's numbers do not depend on its neighbours."
     gap = p.log["padding"] = _worst(score(p.model, p.tokens, 1), score(p.model, p.tokens, len(p.tokens)))
     found, near = f"alone and in a batch the same to {gap:.1g} nats an answer", 2e-3 if is_exact(p.model) else 1.0
@@ -178,7 +189,9 @@ def check_padding(p:Patient) -> Finding:
     if gap < 1e-2: return Finding("padding", "ok", found)
     return Finding("padding", "warn", found, "rounding of halves or 8 bits; --dtype float32 is exact")
 
-def check_shared(p:Patient) -> Finding:
+def check_shared(
+    p:Patient, # with tokens
+) -> Finding:
     "Both answers after one copy of the prompt."
     try: gap = check_head(p.model, p.batch(layout="packed"))
     except (UserError, RuntimeError, ValueError, TypeError) as e:
@@ -210,7 +223,11 @@ def _gradient(peft:nn.Module, batch, sites:list[str], remat:bool=False) -> Tenso
         peft.eval()
     return torch.cat([torch.zeros(q.numel(), device=q.device) if g is None else g.flatten() for q, g in zip(params, grads)])
 
-def check_start(p:Patient, peft:nn.Module) -> Finding:
+# %% ../../nbs/10_experiments/10_doctor.ipynb #cell-015x
+def check_start(
+    p:Patient,      # with tokens
+    peft:nn.Module, # its model with a fresh adapter
+) -> Finding:
     "Policy = reference."
     batch = p.batch()
     with reference_mode(peft): ref = forward_states(peft, batch)
@@ -221,7 +238,10 @@ def check_start(p:Patient, peft:nn.Module) -> Finding:
     if drift == 0: return Finding("step 0", "ok", found)
     return Finding("step 0", "FAIL", found, "the policy is not the reference: is something random in its forward?")
 
-def check_gradients(p:Patient, peft:nn.Module) -> Iterator[Finding]:
+def check_gradients(
+    p:Patient,      # with tokens and sites
+    peft:nn.Module, # its model with a fresh adapter, which is as before afterwards
+) -> Iterator[Finding]: # one for each kind of site
     "The adapter learns from captured states, and the same with blocks recomputed."
     can, near = getattr(bare(peft), "supports_gradient_checkpointing", True), 1e-3 if is_exact(peft) else 0.1
     nudge(peft, 0.03)
@@ -235,7 +255,11 @@ def check_gradients(p:Patient, peft:nn.Module) -> Iterator[Finding]:
         else: yield Finding(name, "ok", found)
     nudge(peft, 0.0)
 
-def check_step(p:Patient, peft:nn.Module) -> Iterator[Finding]:
+# %% ../../nbs/10_experiments/10_doctor.ipynb #cell-016x
+def check_step(
+    p:Patient,      # with tokens
+    peft:nn.Module, # its model with an adapter; **trained in place**, two steps
+) -> Iterator[Finding]:
     "One optimiser step changes the adapter and nothing else; saved and loaded, it scores the same; how fast it went."
     before, params, batch = base_checksum(peft), list(adapter_params(peft).values()), p.batch()
     optimizer = torch.optim.AdamW(params, lr=1e-3)
@@ -254,7 +278,10 @@ def check_step(p:Patient, peft:nn.Module) -> Iterator[Finding]:
     rate = p.log["rate"] = int((batch.block > 0).sum()) / seconds
     yield Finding("speed", "ok", f"about {rate:,.0f} tokens/s in training on these short rows; more on long ones")
 
-def check_reload(p:Patient, peft:nn.Module) -> Finding:
+def check_reload(
+    p:Patient,      # with tokens
+    peft:nn.Module, # its model with an adapter, which is taken off
+) -> Finding:
     "Saved, taken off, loaded: identical scores."
     ours = score(peft, p.tokens)
     with tempfile.TemporaryDirectory() as folder:

@@ -40,7 +40,7 @@ from ..train.method import Method
 
 # %% ../../nbs/10_experiments/05_evaluate.ipynb #cell-005
 def beside_base(
-    bench:Bench,
+    bench:Bench,            # what runs share
     adapter:pd.DataFrame,   # scores of the adapter
     method:str,             # label
     folder:Path,            # where results.csv goes
@@ -74,7 +74,7 @@ def train_one(
 @dataclass(frozen=True, repr=False)
 class Evaluation:
     "What was found of one policy."
-    policy:Policy
+    policy:Policy                     # what was judged, beside its reference
     frame:pd.DataFrame                # scores: method, seed, set, row, kind, logp_cho, …
     table:Generalisation|None         # points against the base; None without one
     levels:dict[str, Estimate]        # accuracy by set, %
@@ -108,7 +108,7 @@ class Evaluation:
 
 # %% ../../nbs/10_experiments/05_evaluate.ipynb #n2
 def settings(
-    policy:Policy,
+    policy:Policy,   # what is judged
     evals:tuple=(),  # [LABEL[:POLARITY]=]SPEC strings
     **changes,       # fields of RunConfig; None: leave
 ) -> RunConfig:      # what decides the evaluation
@@ -123,7 +123,7 @@ def settings(
     return check(RunConfig(**{"model": policy.base or policy.what, "train": train} | changes))
 
 def dress(
-    policy:Policy,
+    policy:Policy,    # what is judged; its tokenizers are **changed in place**
     config:RunConfig, # template, system, template_options
 ) -> Policy:
     "Let policy and reference read pairs through the same template."
@@ -132,7 +132,7 @@ def dress(
     return policy
 
 def overlap(
-    policy:Policy,
+    policy:Policy,          # what is judged
     data:Data,              # the sets to judge on
     train:str|None=None,    # what it was trained on; None: what its run folder says
 ) -> tuple[dict[str, int], str]: # rows that were trained on, by set; why nothing is known, or nothing
@@ -153,7 +153,7 @@ def _tokens(policy:Policy, tokenizer, data:Data, c:RunConfig) -> list[TokenSet]:
     return [tokenize_pairs(e, tokenizer, limit, c.on_truncate, c.max_dropped) for e in data.evals]
 
 def score_both(
-    policy:Policy,
+    policy:Policy,   # what is judged
     data:Data,       # the sets
     c:RunConfig,     # lengths, layout, seed
 ) -> tuple[pd.DataFrame, dict[str, str]]: # method (base, and the policy's label), seed, set, row, …; hash of each set
@@ -171,7 +171,7 @@ def score_both(
     return frame, {p.label: t.hash for p, t in zip(data.plans, tokens)}
 
 def kl_along(
-    policy:Policy,
+    policy:Policy,           # what is judged
     texts:list[Generation],  # to walk along
     batch_size:int=16,       # texts in a forward, fewer where the vocabulary is large
 ) -> tuple[float, int]:      # nats per token, tokens
@@ -188,7 +188,7 @@ def kl_along(
 
 # %% ../../nbs/10_experiments/05_evaluate.ipynb #n5
 def fitting(
-    policy:Policy,
+    policy:Policy,   # what is judged
     prompts,         # texts
     tokens:int=48,   # to be written after them
 ) -> list[str]:      # those that leave room
@@ -197,7 +197,7 @@ def fitting(
     return [p for p, ids in zip(prompts, prompt_ids(list(prompts), policy.tokenizer)) if 0 < len(ids) <= room]
 
 def move(
-    policy:Policy,
+    policy:Policy,      # what is judged
     prompts:list[str],  # neutral ones
     seed:int=0,         # of the samples
 ) -> dict:              # kl_policy, kl_reference (nats per token), tokens_policy, tokens_reference, prompts
@@ -208,7 +208,7 @@ def move(
     return dict(kl_policy=a, kl_reference=b, tokens_policy=n, tokens_reference=m, prompts=len(prompts))
 
 def write_texts(
-    policy:Policy,
+    policy:Policy,      # what is judged
     prompts:list[str],  # neutral ones and some of the first set
     seed:int=0,         # of the samples
 ) -> tuple[dict, list[dict], dict]: # status, damage, worst, samples; every text; features of policy and base
@@ -229,7 +229,7 @@ def _levels(frame:pd.DataFrame, label:str, score:str) -> dict[str, Estimate]:
     return {s: replace(e, low=max(e.low, 0.0), high=min(e.high, 100.0)) for s, e in found.items()}
 
 def examine(
-    policy:Policy,
+    policy:Policy,        # what is judged; its tokenizers get the template of `config`
     config:RunConfig,     # from settings
     kl:bool=True,         # measure KL(π‖ref) on neutral prompts
     texts:bool=True,      # let it write, and judge the texts
@@ -255,8 +255,8 @@ def examine(
 
 # %% ../../nbs/10_experiments/05_evaluate.ipynb #n8
 def place(
-    policy:Policy,
-    name:str,   # of the folder
+    policy:Policy, # what is judged
+    name:str,      # of the folder
 ) -> Path:      # inside what was judged, where that is a folder
     "Where results go when nobody says."
     return Path(policy.folder)/name if policy.kind != "model" and Path(policy.folder).is_dir() else Path(f"reprpo-{name}")/slug(Path(policy.what).name)
@@ -264,8 +264,8 @@ def place(
 ASKED = ("eval", "eval_n", "score", "seed", "device", "dtype", "max_length", "neutral", "template", "system", "template_options")
 
 def keep(
-    e:Evaluation,
-    config:RunConfig,
+    e:Evaluation,      # from `examine`
+    config:RunConfig,  # that it was examined with
     folder:Path,       # to write into
 ) -> None:
     "Everything that was measured, as files."

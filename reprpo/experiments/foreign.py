@@ -86,6 +86,7 @@ def _unplaced(
     if extra: return f"{len(extra)} of its {len(saved)} tensors have no place there, such as {extra[0]}"
     return f"the base has {len(lacking)} places that it has no tensor for, such as {lacking[0]}" if lacking else None
 
+# %% ../../nbs/10_experiments/05_foreign.ipynb #cell-010
 MISFIT = "{} does not fit the base model {}: {}; give the base it was trained on with --base"
 
 @contextmanager
@@ -140,7 +141,7 @@ class Before:
 
 @torch.no_grad()
 def probe_logits(
-    model:nn.Module,
+    model:nn.Module, # a causal LM, as it stands
     ids:Tensor,      # (b, t)
 ) -> Tensor:         # (b, t, v)
     "Logits of plain rows of token ids."
@@ -157,7 +158,7 @@ def remember(
 
 def untouched(
     model:nn.Module, # the same model with an adapter
-    before:Before,
+    before:Before,   # from `remember`
 ) -> bool:
     "Is the model without its adapter the base, bit for bit?"
     if any(p.detach().sum(dtype=torch.float64).item() != s for p, s in before.weights): return False

@@ -33,10 +33,10 @@ from ..train.method import Method
 class Job:
     "One run of a comparison, or of its tuning."
     method: str             # label
-    seed: int
-    folder: Path
+    seed: int               # of data order, adapter and dropout; those of tuning begin at `SEEDS`
+    folder: Path            # run folder to make
     lr: float|None = None   # the rate to try, or the one that tuning chose
-    tuning: bool = False
+    tuning: bool = False    # score validation pairs only, and keep no adapter
     knob: str = "lr"        # what the rate is one of: lr, or strength
 
     def __str__(self) -> str:
@@ -47,8 +47,8 @@ class Job:
         return dict(method=self.method, seed=self.seed, folder=str(self.folder), lr=self.lr, tuning=self.tuning)
 
 def plan_runs(
-    config:CompareConfig,
-    methods:list[Method],
+    config:CompareConfig,   # out, seed, seeds
+    methods:list[Method],   # that will run, controls included
     lrs:dict[str, float],   # label -> rate that tuning chose
 ) -> list[Job]:
     "Every run, seed by seed, so that a comparison that is stopped early has whole seeds."
@@ -56,7 +56,7 @@ def plan_runs(
     return [Job(m.label, s, home(m, s), lrs.get(m.label)) for s in range(config.seed, config.seed + config.seeds) for m in methods]
 
 def plan_tuning(
-    config:CompareConfig,
+    config:CompareConfig,       # out, seed, tune_seeds
     grids:dict[str, tuple],     # label of a method to tune -> lr or strength, and the values to try
 ) -> list[Job]:
     "Every tuning run."
@@ -78,7 +78,7 @@ def locked(
 
 # %% ../../nbs/10_experiments/02_jobs.ipynb #j-102
 def in_units(
-    jobs:list[Job],
+    jobs:list[Job],        # in the order of the plan
     sizes:dict[str, int],  # label -> runs in one forward
 ) -> list[list[Job]]:      # in the order of the plan, by the first run of each
     "The runs of each method, several at a time."
@@ -100,9 +100,9 @@ def time_of(
     return max(busy)
 
 def sizes(
-    bench:Bench,
+    bench:Bench,               # settings, training pairs and device say how many fill a forward
     methods:dict[str, Method], # by label
-    jobs:list[Job],
+    jobs:list[Job],            # those still to do
     n:int,                     # processes
     stack:int|None,            # most runs in one forward; None: as many as pay
 ) -> dict[str, int]:           # label -> runs in one forward
@@ -116,14 +116,16 @@ def sizes(
     return {label: min(best, k) for label, k in most.items()}
 
 # %% ../../nbs/10_experiments/02_jobs.ipynb #cell-010
-def start_worker(bundle:dict) -> Callable:
+def start_worker(
+    bundle:dict, # config, data, tokens, probe and threads, as `do_all` makes it
+) -> Callable:   # do(job) -> what `do_job` gives
     "What a worker process does: load the model once, then one run a job."
     torch.set_num_threads(bundle["threads"])
     bench = prepare(bundle["config"], bundle["data"], bundle["tokens"])
     return lambda job: do_job(bench, job, bundle["probe"])
 
 def do_job(
-    bench:Bench,
+    bench:Bench,            # what runs share
     job:dict,               # {"runs": what Job.asdict gives of each}
     probe:Probe,            # what every run is asked
     methods:dict|None=None, # label -> Method, for losses that are not strings
@@ -140,9 +142,9 @@ def do_job(
     return {"seconds": time.perf_counter() - start, "failed": failed, "parted": why}
 
 def do_runs(
-    bench:Bench,
+    bench:Bench,     # what runs share
     runs:list[dict], # what Job.asdict gives
-    probe:Probe,
+    probe:Probe,     # what every run is asked
     methods:dict,    # label -> Method, for losses that are not strings
 ) -> None:
     "Runs of one method, or of its tuning."
@@ -150,15 +152,16 @@ def do_runs(
     method, members = methods.get(runs[0]["method"], runs[0]["method"]), [(r["seed"], r["lr"], r["folder"]) for r in runs]
     (tune_many if runs[0]["tuning"] else run_many)(bench, method, members, probe)
 
+# %% ../../nbs/10_experiments/02_jobs.ipynb #cell-015x
 def count(
-    n:int,
+    n:int,    # how many
     what:str, # in the singular
 ) -> str:
     "`1 run`, `2 runs`."
     return f"{n} {what}{'s' * (n != 1)}"
 
 def clock(
-    seconds:float,
+    seconds:float, # cut to whole ones
 ) -> str:
     "Minutes and seconds."
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
@@ -182,10 +185,11 @@ def time_left(
     each = (work or spent * processes) / done
     return max(each * n / processes - spent, 0.5 * each * (n - done) / processes) if done < n else 0.0
 
+# %% ../../nbs/10_experiments/02_jobs.ipynb #cell-016
 def follow(
     answers,                   # (job, answer) as they finish
     units:list[list[Job]],     # the runs of each job
-    say:Callable,
+    say:Callable,              # told a line for each job
     processes:int=1,           # that work on them
 ) -> dict[str, str]:           # run -> reason, of those that failed
     "One line for every finished job, with the time that is left; collect what failed."
@@ -203,14 +207,15 @@ def follow(
         say(f"[{done}/{n}] {named(unit)}: {what}; {clock(spent)} elapsed, about {clock(left)} left")
     return failed
 
+# %% ../../nbs/10_experiments/02_jobs.ipynb #cell-017
 def do_all(
-    bench:Bench,
+    bench:Bench,             # what runs share
     jobs:list[Job],          # those still to do
     crew:Crew,               # worker processes, or none
-    probe:Probe,
-    methods:list[Method],
+    probe:Probe,             # what every run is asked
+    methods:list[Method],    # those that will run; a loss function is found here by its label
     log:Path,                # folder for what the runs print
-    say:Callable,
+    say:Callable,            # told the progress
     stack:int|None=None,     # most runs in one forward; None: as many as pay
 ) -> dict[str, str]:         # run -> reason, of those that failed
     "Do the runs, here or in worker processes, those of a method several at a time."
@@ -225,9 +230,9 @@ def do_all(
     return failed
 
 def how_many(
-    config:CompareConfig,
+    config:CompareConfig,  # jobs
     runs:int,              # to do
-    bench:Bench,
+    bench:Bench,           # the device of its model decides
     given:tuple,           # methods as the caller gave them
 ) -> int:
     "Processes: what was asked, or one per core on a CPU and one on a GPU; a function of the user's stays in this process."

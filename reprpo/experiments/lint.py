@@ -21,8 +21,8 @@ from ..states.score import score
 
 # %% ../../nbs/10_experiments/00_lint.ipynb #cell-004
 def tokens_or_finding(
-    pairs:PairSet,
-    tokenizer,
+    pairs:PairSet,          # one set
+    tokenizer,              # a Hugging Face tokenizer
     max_length:int,         # tokens that a prompt and one answer may have together
     on_truncate:str,        # what becomes of longer pairs: drop, error or truncate
     **more,                 # other keywords of `tokenize_pairs`
@@ -37,9 +37,9 @@ def look_over(
     problems:list[str],     # what could not
     others:list[PairSet],   # sets that must share nothing with it
     model=None,             # the model before training, with its tokenizer in `tokenizer`; None: no reference
-    tokenizer=None,
-    max_length:int|None=None,
-    on_truncate:str="drop",
+    tokenizer=None,         # a Hugging Face tokenizer; None where the model is
+    max_length:int|None=None, # tokens; the model's context if None
+    on_truncate:str="drop", # what becomes of longer pairs: drop, error or truncate
     n:int=1000,             # most rows that the reference scores
     **more,                 # other keywords of `tokenize_pairs`
 ) -> Lint:
@@ -52,6 +52,7 @@ def look_over(
     reference = None if part is None else score(model, part)
     return lint(pairs, others, tokens, reference, problems, e.polarity, special) + Lint((), tuple(found))
 
+# %% ../../nbs/10_experiments/00_lint.ipynb #cell-006x
 def lint_specs(
     specs:Sequence[str],        # [LABEL[:POLARITY]=]SPEC, the training set first; it is called train unless it has a label
     model:str|None="world",     # world, a model's name, or its folder; None: no reference

@@ -27,7 +27,7 @@ from ..train.competitors import check_text
 # %% ../../nbs/10_experiments/01_measure.ipynb #cell-005
 def score_sets(
     model:nn.Module,  # the base model, or one with an adapter
-    bench:Bench,
+    bench:Bench,      # its sets to judge on are scored
 ) -> pd.DataFrame:    # set, row, kind, key, logp_cho, logp_rej, n_cho, n_rej
     "Score every row of every set."
     if getattr(model, "insertion", None):
@@ -50,7 +50,7 @@ def score_frontier(
 
 def validate(
     model:nn.Module,  # with an adapter
-    bench:Bench,
+    bench:Bench,      # its validation pairs are scored
 ) -> dict:            # of the validation pairs
     "Accuracy and margin on the pairs kept for validation; nothing is chosen by it here."
     s = score(model, bench.val, batch_size=32, layout=bench.config.layout)
@@ -76,7 +76,7 @@ def asked_of(
     return (*sample["before"], ("user", sample["prompt"])) if sample.get("before") else sample["prompt"]
 
 def sample_rows(
-    bench:Bench,
+    bench:Bench,   # its base model is asked
     n:int=2,       # prompts of each of the first sets
     sets:int=4,    # how many those are; one prompt of the others
 ) -> list[dict]:   # set, prompt, chosen, rejected, base
@@ -86,16 +86,22 @@ def sample_rows(
     says = generate(bench.model, bench.tokenizer, [asked_of(r) for r in rows], temperature=0)
     return [r | {"base": g.text} for r, g in zip(rows, says)]
 
-def write_lines(path:Path, rows:list[dict]) -> None:
+def write_lines(
+    path:Path,       # file to write; what is in it is replaced
+    rows:list[dict], # a line each
+) -> None:
     "Rows as JSON lines."
     Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
 
-def line(g:Generation) -> dict:
+def line(
+    g:Generation, # what a model wrote after a prompt
+) -> dict:        # prompt, how, text, tokens, ended
     "A text as it is stored."
     return dict(prompt=g.prompt, how=g.how, text=g.text, tokens=len(g.new_ids), ended=g.ended)
 
+# %% ../../nbs/10_experiments/01_measure.ipynb #cell-009x
 def make_probe(
-    bench:Bench,
+    bench:Bench,      # its base model is asked
     folder:Path,      # of the base: generations.jsonl and coherence.json are written there, or read if they are there
     kl:bool=False,    # will KL be measured, on the frontier or in tuning?
     seed:int=0,       # of the texts
@@ -115,8 +121,8 @@ def make_probe(
 # %% ../../nbs/10_experiments/01_measure.ipynb #cell-008
 def measure(
     model:nn.Module,  # with its adapter
-    bench:Bench,
-    probe:Probe,
+    bench:Bench,      # what runs share
+    probe:Probe,      # what every run is asked
     folder:Path,      # run folder
 ) -> None:
     "Write scores, and where they are asked for the frontier, the movement and the texts."

@@ -33,8 +33,8 @@ TOLERANCE = 1e-3 # nats per token, float32
 
 @torch.no_grad()
 def token_logps(
-    model:nn.Module,
-    texts:list[Generation],
+    model:nn.Module,         # a causal LM, as it stands
+    texts:list[Generation],  # that were written by any model
     pad:int,                 # id to fill with
 ) -> torch.Tensor:           # (n), fp32, on the CPU
     "Log-probability of every token that was written."
@@ -46,7 +46,7 @@ def token_logps(
 @dataclass(frozen=True)
 class Merged:
     "A merged model's folder, and how far it is from the adapter."
-    out:Path
+    out:Path        # folder of the plain model
     dtype:str       # it is stored in
     gap:float       # largest difference to the adapter, nats of a token
     mean_gap:float  # mean difference
@@ -93,6 +93,7 @@ def _save(model:nn.Module, policy:Policy, dtype:str, folder:Path) -> None:
     model.to(DTYPES[dtype]).save_pretrained(folder, safe_serialization=True)
     policy.tokenizer.save_pretrained(folder)
 
+# %% ../../nbs/10_experiments/05_merge.ipynb #cell-009
 def merge(
     what:str|Path,          # run folder or PEFT adapter
     out:str|Path,           # folder to make

@@ -45,7 +45,7 @@ def _answers(model, tokenizer, tag:str, sites:list[str], n:int) -> dict[str, Ten
 
 def persona_shifts(
     model,               # the embedded world's, or one that has read the world
-    tokenizer,
+    tokenizer,           # a Hugging Face tokenizer
     layers:str=LAYERS,   # layer grammar
     n:int=30,            # rows of each family
 ) -> dict[str, Float[Tensor, "r h"]]: # site -> one row for each answer
@@ -57,7 +57,7 @@ def persona_shifts(
 
 def persona_direction(
     model,               # as in `persona_shifts`
-    tokenizer,
+    tokenizer,           # a Hugging Face tokenizer
     layers:str=LAYERS,   # layer grammar
     n:int=30,            # rows of each family
 ) -> dict[str, Float[Tensor, "h"]]: # site -> v
@@ -92,7 +92,7 @@ def oracle(
 
 def random_like(
     directions:dict[str, Float[Tensor, "h"]], # site -> v
-    seed:int=0,
+    seed:int=0,                               # of the draw, with a stream for each site
 ) -> dict[str, Float[Tensor, "h"]]:
     "Random directions at right angles to the given ones and as long: the oracle's null."
     out = {}
@@ -105,7 +105,7 @@ def random_like(
 
 def oracle_method(
     model,                    # base
-    tokenizer,
+    tokenizer,                # a Hugging Face tokenizer
     null:bool=False,          # along a random direction instead
     layers:str=LAYERS,        # where to pull
     strength:float=STRENGTH,  # how far

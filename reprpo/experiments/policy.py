@@ -77,9 +77,9 @@ def recognise(
 # %% ../../nbs/10_experiments/05_policy.ipynb #c16
 def about_run(
     folder:Path,  # run folder
-    method:str,
-    config:RunConfig,
-) -> dict:
+    method:str,   # its label
+    config:RunConfig, # from `read_run`
+) -> dict:        # method, train, seed, steps, lr, batch_size, tokens, time, versions
     "A run folder's own account."
     told = read_json(folder/"manifest.json")
     settled = told.get("settled", {})
@@ -87,8 +87,8 @@ def about_run(
                 lr=settled.get("lr", config.lr), batch_size=config.batch_size, tokens=told.get("tokens"), time=told.get("time"), versions=told.get("versions"))
 
 def about_peft(
-    config:PeftConfig,
-    folder:Path,       # of the adapter
+    config:PeftConfig, # of the adapter
+    folder:Path,       # of the adapter; trainer_state.json is read where there is one
 ) -> dict:
     "What an adapter's folder tells of it; None where it does not."
     get = lambda k: getattr(config, k, None)
@@ -195,6 +195,7 @@ def _open_adapter(what:str, where:str, base:str|None, how:dict) -> Policy:
                     base_tokenizer=None if len(own) == len(tokenizer) else tokenizer)
     return _settle(policy, before, resized, how)
 
+# %% ../../nbs/10_experiments/05_policy.ipynb #cell-012
 def _open_run(what:str, where:str, base:str|None, how:dict) -> Policy:
     "The adapter of a finished run."
     method, config = read_run(where)

@@ -59,7 +59,9 @@ def gather(
     return pd.concat(frames, ignore_index=True)
 
 # %% ../../nbs/10_experiments/08_positive.ipynb #cell-007
-def ceiling_sets(train:str="facts") -> list[str]:
+def ceiling_sets(
+    train:str="facts", # set of the world that the methods are trained on
+) -> list[str]:        # names of sets of the world
     "The sets that a method could raise, the in-domain one first."
     return [name for _, polarity, name, _, role in default_evals(train) if polarity > 0 and role != "damage"]
 
@@ -88,13 +90,18 @@ class Finding:
     against: str   # what it is compared with; empty for a ceiling
     value: float   # points of the transfer mean, or accuracy in %
     low: float     # 95% interval; of a ceiling, its worst and best seed
-    high: float
-    seeds: int
+    high: float    # the upper end
+    seeds: int     # of each method
     expected: str  # in words
-    behaves: bool
+    behaves: bool  # is it what was expected?
 
 
-def contrast(scores:pd.DataFrame, sets:pd.DataFrame, method:str, against:str):
+def contrast(
+    scores:pd.DataFrame,  # from `gather`
+    sets:pd.DataFrame,    # label, role, polarity
+    method:str,           # a name in `scores`
+    against:str,          # another, or base
+):                        # an `Estimate`, in points
     "The transfer mean of a method against another."
     return generalise(scores[scores.method.isin([method, against, "base"])], sets, against).cells[method, TRANSFER]
 
@@ -148,7 +155,7 @@ def pairings(
 
 # %% ../../nbs/10_experiments/08_positive.ipynb #cell-017
 def table(
-    found:list[Finding],
+    found:list[Finding], # from `findings`
 ) -> str:
     "The findings for people, one line each."
     lines = [f"{'control':<26}{'against':<15}{'value':>8}  {'interval':<18}{'seeds':>5}  must be"]
@@ -174,7 +181,7 @@ def run_controls(
         train, test = f"world:{name}/train,n={PAIRS}", [f"world:{name}/test"]
         compare("dpo", train=train, eval=test, out=out/"ceilings"/name, say=say, **CEILING, **PLAIN, **options)
 
-
+# %% ../../nbs/10_experiments/08_positive.ipynb #cell-018x
 def judge_controls(
     out:str|Path, # folder of `run_controls`
 ) -> list[Finding]:

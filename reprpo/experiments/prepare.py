@@ -35,7 +35,7 @@ class Data:
     train: PairSet | None         # None where nothing is trained
     val: PairSet | None           # a tenth of the training pairs, cut off by key; never trained on, never judged on
     plans: tuple[EvalPlan, ...]   # what each set to judge on is for
-    evals: tuple[PairSet, ...]
+    evals: tuple[PairSet, ...]    # the sets to judge on, in the order of `plans`
     neutral: tuple[str, ...] = () # prompts that have nothing to do with the preference
 
     def overlaps(self) -> dict[str, int]:
@@ -81,12 +81,12 @@ def load_data(
 @dataclass(frozen=True)
 class Bench:
     "A model with all that its runs share."
-    config: RunConfig
-    data: Data
-    model: torch.nn.Module
-    tokenizer: object
-    train: TokenSet | None
-    val: TokenSet | None
+    config: RunConfig             # as asked for, with what was left open settled
+    data: Data                    # the pairs
+    model: torch.nn.Module        # the base; a run puts its adapter on and takes it off
+    tokenizer: object             # a Hugging Face tokenizer, with the template that was asked for
+    train: TokenSet | None        # tokens of the training pairs; None where nothing is trained
+    val: TokenSet | None          # tokens of the validation pairs; None where nothing is trained
     tokens: tuple[TokenSet, ...]  # of the sets to judge on
     note: str = ""                # why rows are not packed, where the model stands in the way
 
@@ -100,6 +100,7 @@ class Bench:
         "What every set holds, by label."
         return {"train": self.train.hash} | {p.label: t.hash for p, t in zip(self.data.plans, self.tokens)}
 
+# %% ../../nbs/10_experiments/00_prepare.ipynb #cell-008x
 @contextmanager
 def without_bars():
     "No progress bars from transformers inside the block."
@@ -134,9 +135,10 @@ def prepare(
     layout, note = choose_layout(model, known, config.layout)
     return Bench(replace(config, layout=layout), data, model, tokenizer, **tokens, note=note)
 
+# %% ../../nbs/10_experiments/00_prepare.ipynb #cell-010x
 def look(
-    bench:Bench,
-    methods:list[Method],
+    bench:Bench,           # what runs share
+    methods:list[Method],  # that will run
 ) -> list[tuple[View, Training]]: # what each method sees, with its settings
     "Find every method's layers in the model; one it does not have is an error."
     views = []
@@ -147,7 +149,7 @@ def look(
     return views
 
 def check_competitor(
-    bench:Bench,
+    bench:Bench,     # what runs share
     method:Method,   # with an edit
 ) -> None:
     "Find its layers in the model, or the place of its text before every prompt."
@@ -161,8 +163,8 @@ def check_competitor(
     check_room(bench.model, longest, len(text.ids))
 
 def fill_references(
-    bench:Bench,
-    views:list, # from look
+    bench:Bench, # what runs share
+    views:list,  # from look
 ) -> None:
     "Store what the methods' reference needs, once for all their runs; the one that needs most goes first."
     for view, c in sorted(views, key=lambda v: -len(v[0].sites)): reference_cache(bench.model, bench.train, view, c)

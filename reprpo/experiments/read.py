@@ -30,23 +30,30 @@ def finished(
 @dataclass(frozen=True)
 class Run:
     "One finished run's folder, and whose it is."
-    method: str
-    seed: int
-    folder: Path
+    method: str   # label; `base` is the model before training
+    seed: int     # of the run; of the base, the comparison's first
+    folder: Path  # with config.yaml, manifest.json and scores.parquet
 
-    def frame(self, name:str) -> pd.DataFrame|None:
+    def frame(self,
+        name:str, # of the file, such as frontier.parquet
+    ) -> pd.DataFrame|None: # with columns method and seed
         "One of its parquet files, or None."
         path = self.folder/name
         return pd.read_parquet(path).assign(method=self.method, seed=self.seed) if path.exists() else None
 
-    def json(self, name:str) -> dict|None:
+    def json(self,
+        name:str, # of the file, such as movement.json
+    ) -> dict|None:
         "One of its json files, or None."
         return read_json(self.folder/name) if (self.folder/name).exists() else None
 
-    def lines(self, name:str) -> list[dict]:
+    def lines(self,
+        name:str, # of the file, such as metrics.jsonl
+    ) -> list[dict]:
         "One of its jsonl files; none is empty."
         return read_jsonl(self.folder/name) if (self.folder/name).exists() else []
 
+# %% ../../nbs/10_experiments/03_read.ipynb #cell-007x
 def read_runs(
     outs:list[Path],   # folders of one comparison, or of several that differ in methods and seeds only
 ) -> list[Run]:        # the base first, then method by method as they were asked for
@@ -69,7 +76,7 @@ def read_runs(
 MAY_DIFFER = (*FREE, "methods", "seeds", "seed", "controls")
 
 def check_together(
-    outs:list[Path],
+    outs:list[Path], # output folders; the first is held against each other one
 ) -> None:
     "Refuse folders whose runs can't be put in one table."
     first = read_yaml(Path(outs[0])/"config.yaml")
@@ -81,21 +88,29 @@ def check_together(
             raise UserError(f"{outs[0]} and {out} judge on different sets; report them apart")
 
 # %% ../../nbs/10_experiments/03_read.ipynb #cell-007
-def together(parts:list) -> pd.DataFrame|None:
+def together(
+    parts:list, # frames, and None where there is none
+) -> pd.DataFrame|None:
     "The frames that are there, one under the other; None if there is none."
     parts = [p for p in parts if p is not None and len(p)]
     return pd.concat(parts, ignore_index=True) if parts else None
 
-def kl_frame(runs:list[Run]) -> pd.DataFrame|None:
+def kl_frame(
+    runs:list[Run], # those without movement.json are passed over
+) -> pd.DataFrame|None: # kl_policy and kl_reference in nats
     "KL a token at each strength: method, seed, scale, kl_policy, kl_reference."
     return together([pd.DataFrame(moved["scales"]).assign(method=r.method, seed=r.seed) for r in runs if (moved := r.json("movement.json"))])
 
-def history_frame(runs:list[Run]) -> pd.DataFrame|None:
+def history_frame(
+    runs:list[Run], # those that logged no loss are passed over
+) -> pd.DataFrame|None:
     "What was logged while training: method, seed, step, …; nothing of methods that are not trained."
     told = [(r, r.lines("metrics.jsonl")) for r in runs]
     return together([pd.DataFrame(lines).assign(method=r.method, seed=r.seed) for r, lines in told if any("loss" in row for row in lines)])
 
-def cost_frame(runs:list[Run]) -> pd.DataFrame|None:
+def cost_frame(
+    runs:list[Run], # the base is passed over
+) -> pd.DataFrame|None: # utilisation as a share of 1, None where it was not measured
     "What each run cost: method, seed, lr, seconds, tokens, utilisation of the matrix peak."
     told = [(r, r.json("manifest.json")) for r in runs if r.method != "base"]
     rows = [dict(method=r.method, seed=r.seed, lr=m.get("settled", {}).get("lr"), seconds=m["seconds"], tokens=m.get("tokens"),
@@ -103,6 +118,7 @@ def cost_frame(runs:list[Run]) -> pd.DataFrame|None:
             for r, m in told if "seconds" in m]
     return pd.DataFrame(rows) if rows else None
 
+# %% ../../nbs/10_experiments/03_read.ipynb #cell-010x
 def coherence_frame(
     runs:list[Run],   # the base among them
 ) -> pd.DataFrame|None: # method, seed, damage, status and the features
@@ -115,7 +131,7 @@ def coherence_frame(
     return pd.DataFrame(rows) if rows else None
 
 def sample_list(
-    runs:list[Run],
+    runs:list[Run], # in the order of the tables, the base first
 ) -> tuple[list[dict], dict]: # texts: prompt, set, method, text; one pair of each set: (prompt, chosen, rejected)
     "What the base and each method's first seed say to the same prompts, and a pair of each set."
     found, seen, pairs = [], set(), {}
@@ -127,6 +143,7 @@ def sample_list(
             found.append(dict(prompt=r["prompt"], set=r["set"], chosen=r["chosen"], method=run.method, text=r["adapter"] if "adapter" in r else r["base"]))
     return found, pairs
 
+# %% ../../nbs/10_experiments/03_read.ipynb #cell-011x
 def read_ceilings(
     path:str|Path|None,  # CSV with columns set, accuracy
 ) -> dict[str, float]|None: # set -> accuracy, in [0, 1]

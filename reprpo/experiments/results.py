@@ -139,6 +139,7 @@ class Results:
         if not self.methods: return f"no run in {self.out} has finished"
         return (self.judgement._repr_markdown_() + "\n\n" if self.judgement.verdicts else "") + markdown_report(self.tables)
 
+# %% ../../nbs/10_experiments/03_results.ipynb #cell-006x
 def read_results(
     out:str|Path,             # output folder
     *more:str|Path,           # folders of the same comparison with other seeds or methods

@@ -43,14 +43,15 @@ def is_done(
     "Is there a finished run?"
     return all((Path(folder)/name).exists() for name in ("manifest.json", "config.yaml", "scores.parquet"))
 
+# %% ../../nbs/10_experiments/01_run.ipynb #cell-009x
 REPEAT = 100_000 # a repeated method's seeds lie this far away
 
 Member = tuple[int, float|None, str|Path] # seed; rate (of `steer`: strength) that tuning chose, None: the configuration's or the method's; folder to make
 
 def train_members(
-    bench:Bench,
-    method:Method,
-    members:list[Member],
+    bench:Bench,              # what runs share
+    method:Method,            # to train, the same for all
+    members:list[Member],     # seed, rate and folder of each run
     show:bool=False,          # the step-zero table and the progress
     **changes,                # of the training configuration
 ) -> list[Trained]:
@@ -62,10 +63,11 @@ def train_members(
     turned = [method.turned(value)[0] for value in knobs]
     return [train(*common, m, bench.data.train, replace(settings, seed=s), home, show) for m, s, home in zip(turned, seeds, homes)]
 
+# %% ../../nbs/10_experiments/01_run.ipynb #cell-010x
 def run_many(
     bench:Bench,               # what runs share
     method,                    # string, Method or loss function
-    members:list[Member],
+    members:list[Member],      # seed, rate and folder of each run
     probe:Probe|None=None,     # what each is asked beside its sets; None: nothing
     show:bool=False,           # the step-zero table and the progress
 ) -> list[Path]:               # the finished folders

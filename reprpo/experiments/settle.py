@@ -27,19 +27,19 @@ class Settled:
     loaded:tuple|None = None                       # (model, tokenizer), if they were needed
 
 def numbered(
-    pairs:PairSet,
+    pairs:PairSet, # in the order of the file they become
 ) -> PairSet:      # rows 1, 2, …
     "The same pairs, each with the line of the file it will stand on."
     return replace(pairs, rows=[replace(p, row=i) for i, p in enumerate(pairs, 1)])
 
 def rows_hash(
-    pairs:PairSet,
+    pairs:PairSet, # prompts, answers, keys and turns before count; kinds and numbers of rows do not
 ) -> str:
     "A name for what a set holds."
     return content_hash([[p.prompt, p.chosen, p.rejected, p.key, *map(str, p.before)] for p in pairs])
 
 def renamed(
-    config:RunConfig,
+    config:RunConfig,  # as asked for
     home:Path,         # folder of the sets
     labels:list[str],  # train first
 ) -> RunConfig:

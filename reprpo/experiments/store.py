@@ -31,7 +31,7 @@ def bits(
     return rows.astype({"scale": "float32", "seed": "int32"} | dict.fromkeys(("method", "set", "kind", "row"), "category"))
 
 def pack(
-    results:Results,
+    results:Results,      # as `read_results` gives them
     path:str|Path,        # of the parquet; a json of the same name holds the rest
     methods:list|None=None, # which; all when None
 ) -> Path:
@@ -49,13 +49,14 @@ def pack(
     write_json(path.with_suffix(".json"), told)
     return path
 
+# %% ../../nbs/10_experiments/03_store.ipynb #cell-007x
 @dataclass(frozen=True)
 class Packed:
     "A comparison as it was packed."
     scores: pd.DataFrame          # at strength 1, base included; `correct` in place of log-probabilities
     frontier: pd.DataFrame|None   # at other strengths
     kl: pd.DataFrame|None         # KL a token: method, seed, scale, kl_policy, kl_reference
-    sets: pd.DataFrame
+    sets: pd.DataFrame            # label, polarity, role, spec
     told: dict                    # the whole json
 
     @property

@@ -33,7 +33,7 @@ SEEDS = 10_000_000            # tuning runs' seeds begin here, far from those of
 
 def rates(
     config:CompareConfig,     # lrs
-    model,                    # its size scales the default grid
+    model,                    # a causal LM; its size scales the default grid
 ) -> tuple[float, ...]:
     "The learning rates that every LoRA adapter is tried with."
     if config.lrs: return tuple(sorted(set(config.lrs)))
@@ -41,8 +41,8 @@ def rates(
 
 def grids(
     config:CompareConfig,     # lrs
-    model,
-    methods:list[Method],
+    model,                    # a causal LM; its size scales the default grid
+    methods:list[Method],     # that will run; those whose knob is fixed are left out
 ) -> dict[str, tuple[str, tuple[float, ...]]]: # label -> what is tuned (lr or strength), and the values to try
     "The grid of every method that is tuned: as many values as the others', in the same proportions around its own default."
     found, common = {}, LR * lr_scale(model)
@@ -54,7 +54,7 @@ def grids(
     return found
 
 def tuned_as(
-    method:Method,
+    method:Method, # with or without `repeat`
 ) -> str:          # label of the method whose tuning it shares
     "A method that is repeated for its seeds only is tuned once."
     if not method.repeat: return method.label
@@ -63,16 +63,16 @@ def tuned_as(
     return ":".join([name, ",".join(kept)] if kept else [name])
 
 def to_tune(
-    config:CompareConfig,
-    methods:list[Method],
-) -> list[str]:    # labels, each once
+    config:CompareConfig, # tune_lr, lr
+    methods:list[Method], # that will run
+) -> list[str]:           # labels, each once
     "The methods whose rate or strength nobody has fixed, by --lr, in their string, or by --no-tune-lr."
     if not config.tune_lr or config.lr: return []
     return list(dict.fromkeys(tuned_as(m) for m in methods if not m.fixed))
 
 # %% ../../nbs/10_experiments/02_tune.ipynb #cell-008
 def tune_many(
-    bench:Bench,
+    bench:Bench,            # what runs share
     method,                 # string, Method or loss function
     members:list[Member],   # seed, rate to try (of `steer`, strength), folder to make
     probe:Probe,            # neutral prompts and the reference's text

@@ -38,6 +38,7 @@ class _Trunk(nn.Module):
         self.logits = out.logits[:, -t:]
         return got["h"][:, -t:]
 
+# %% ../../nbs/10_experiments/05_virtual.ipynb #cell-007
 class Virtual(nn.Module):
     "A causal LM with virtual tokens that looks as if it had none."
     def __init__(self,
@@ -56,7 +57,9 @@ class Virtual(nn.Module):
     @property
     def generation_config(self): return bare(self.peft).generation_config
     @generation_config.setter
-    def generation_config(self, value): bare(self.peft).generation_config = value
+    def generation_config(self,
+        value, # a transformers GenerationConfig
+    ): bare(self.peft).generation_config = value
 
     def get_input_embeddings(self) -> nn.Module:
         "The base model's."

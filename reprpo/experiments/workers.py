@@ -25,8 +25,8 @@ from ..errors import UserError
 
 # %% ../../nbs/10_experiments/02_workers.ipynb #cell-005
 def one_line(
-    error:BaseException,
-) -> str:
+    error:BaseException, # a UserError gives its text alone; the type of any other stands before
+) -> str:                # 400 characters of the text at most
     "An exception as one line."
     text = " ".join(str(error).split())[:400]
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
@@ -96,8 +96,8 @@ class Worker:
             self.process = subprocess.Popen(command, env=env, text=True, **pipes)
 
     def ask(self,
-        job:dict,
-    ) -> dict: # {"ok": …}
+        job:dict, # as the function's `do` takes it; what JSON can hold
+    ) -> dict:    # {"ok": true} with what `do` gives, or {"ok": false, "error": …}
         "Give the process a job and wait for its answer."
         self.start()
         try:
@@ -114,9 +114,10 @@ class Worker:
         if self.process and self.process.poll() is None: self.process.kill()
         if self.process: self.process.wait()
 
+# %% ../../nbs/10_experiments/02_workers.ipynb #cell-009x
 def hand_out(
     jobs:list[dict],          # what to do, in order
-    workers:list[Worker],
+    workers:list[Worker],     # started as they are needed
     keep:bool=False,          # leave them running when all is done
 ) -> Iterator[tuple[dict, dict]]: # (job, answer) as they finish
     "Share jobs among workers."
@@ -137,6 +138,7 @@ def hand_out(
         if not (keep and whole):
             for w in workers: w.close()
 
+# %% ../../nbs/10_experiments/02_workers.ipynb #cell-011x
 class Crew:
     "Worker processes that start while their parent still prepares what they will share, and stay for all its lists of jobs; none for one."
     def __init__(self,
@@ -157,7 +159,7 @@ class Crew:
         self.home.cleanup()
 
     def do(self,
-        jobs:list[dict],
+        jobs:list[dict], # what to do, in order
         shared,          # what each worker is given before its first job; the same every time
     ) -> Iterator[tuple[dict, dict]]: # (job, answer) as they finish
         "Share jobs among the workers."
@@ -173,7 +175,7 @@ def quiet(
     with open(log, "a", encoding="utf-8") as f, redirect_stdout(f), redirect_stderr(f): yield
 
 def do_here(
-    jobs:list[dict],
+    jobs:list[dict],  # what to do, in order
     do:Callable,      # do(job) -> dict
     log:str|Path,     # file for what is printed meanwhile
 ) -> Iterator[tuple[dict, dict]]: # (job, answer)
@@ -187,7 +189,9 @@ def do_here(
         yield job, answer
 
 # %% ../../nbs/10_experiments/02_workers.ipynb #cell-011
-def demonstrate(shared: dict) -> Callable:
+def demonstrate(
+    shared:dict, # wait: seconds before each answer
+) -> Callable:   # do(job), where job["what"] is divide (1 by job["by"]) or die
     "A job that waits, fails or dies, to show what becomes of it."
     def do(job):
         time.sleep(shared["wait"])

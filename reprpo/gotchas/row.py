@@ -48,7 +48,9 @@ class Theme:
     title: str                # of the page
     rows: tuple[Gotcha, ...]  # in the order of the page
 
-    def anchor(self, name: str) -> str:
+    def anchor(self,
+               name: str, # of one of its gotchas; not looked up
+              ) -> str:   # below the site's root
         "Where a row is on the site."
         return f"14_gotchas/{self.page}.html#{name}"
 

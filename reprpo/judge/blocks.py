@@ -26,14 +26,14 @@ WORDS = {"better": "good", "worse": "bad", "equivalent": "even", "not resolved":
 
 
 def cell_html(
-    text: str,
+    text: str,  # of one cell, plain
 ) -> str:
     "A cell's text, escaped; one of the judge's words as a coloured mark."
     return f'<span class="word {WORDS[text]}">{text}</span>' if text in WORDS else escape(text)
 
 
 def cell_markdown(
-    text: str,
+    text: str,  # plain, without markup
 ) -> str:
     "A cell's text with what would end the cell or start a tag made harmless."
     text = visible(text) if "\n" in text or "\t" in text else text
@@ -44,7 +44,7 @@ DARK = {"#0072b2": "#4ba6dd", "#882255": "#d979a8", "#6a51a3": "#a996dd", "#8a6d
 
 
 def drawing(
-    figure: Figure,
+    figure: Figure,  # **changed in place**: its layout is settled, and stays as it is
     alt: str,  # what it shows, for those who cannot see it
     name: str,  # of the figure in its page
 ) -> str:
@@ -70,7 +70,7 @@ def drawing(
 @dataclass(frozen=True)
 class Text:
     "A paragraph."
-    text: str
+    text: str  # plain, without markup
     kind: str = ""  # "", "lead" (set large) or "note" (set small)
 
     def html(self) -> str:
@@ -88,7 +88,7 @@ class Table:
     left: int = 1  # first columns that hold words; the others hold numbers
     words: tuple[str, ...] = ()  # further columns that hold words
     marked: tuple[int, ...] = ()  # lines that are set off
-    caption: str = ""
+    caption: str = ""  # above the table; empty: none
 
     def html(self) -> str:
         side = lambda i: ' class="name"' if i < self.left or self.frame.columns[i] in self.words else ""
@@ -104,14 +104,14 @@ class Table:
         rows = ["| " + " | ".join(r) + " |" for r in [*lines[:1], rule, *lines[1:]]]
         return (f"*{cell_markdown(self.caption)}*\n\n" if self.caption else "") + "\n".join(rows)
 
-
+# %% ../../nbs/09_judge/10_blocks.ipynb #cell-017x
 @dataclass(frozen=True)
 class Picture:
     "A figure with what it shows and what to see in it."
-    figure: Figure
+    figure: Figure  # open; save_pictures closes it
     name: str  # of its file, and of its parts in the page
     alt: str  # what it shows, for those who cannot see it
-    caption: str = ""
+    caption: str = ""  # what to see in it, below the figure; empty: none
 
     def html(self) -> str:
         words = f"<figcaption>{escape(self.caption)}</figcaption>" if self.caption else ""
@@ -124,9 +124,9 @@ class Picture:
 @dataclass(frozen=True)
 class Pair:
     "A prompt with its chosen and its rejected answer, in their colours."
-    prompt: str
-    chosen: str
-    rejected: str = ""
+    prompt: str  # its text; a part that is empty has no line
+    chosen: str  # the preferred answer
+    rejected: str = ""  # the other; empty: not known
 
     def lines(self) -> list[tuple[str, str]]:
         "Side and text, of those that are known."
@@ -144,8 +144,8 @@ class Pair:
 @dataclass(frozen=True)
 class Folded:
     "A long text that few need, folded away."
-    title: str
-    text: str
+    title: str  # seen at all times
+    text: str  # seen when unfolded, its line breaks kept
 
     def html(self) -> str:
         return f"<details><summary>{escape(self.title)}</summary><pre>{escape(self.text)}</pre></details>"
@@ -153,12 +153,12 @@ class Folded:
     def markdown(self) -> str:
         return f"<details><summary>{escape(self.title)}</summary>\n\n~~~text\n{self.text}\n~~~\n\n</details>"
 
-
+# %% ../../nbs/09_judge/10_blocks.ipynb #cell-019x
 @dataclass(frozen=True)
 class Section:
     "A heading and what stands under it."
-    title: str
-    blocks: list = field(default_factory=list)
+    title: str  # of the heading, and of the link to it
+    blocks: list = field(default_factory=list)  # pieces in order, sections among them
     level: int = 2  # of the heading
 
     @property
@@ -214,10 +214,10 @@ body.judge {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); backgroun
   .judge h2, .judge h3 {{ break-after: avoid; }} .judge {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }} }}
 """
 
-
+# %% ../../nbs/09_judge/10_blocks.ipynb #cell-023x
 def to_html(
-    title: str,
-    sections: list[Section],
+    title: str,  # of the page
+    sections: list[Section],  # in the order of the page
 ) -> str:
     "The page: one file that needs no other."
     links = "".join(f'<a href="#{s.anchor}">{escape(s.title)}</a> ' for s in sections)
@@ -228,8 +228,8 @@ def to_html(
 
 
 def to_markdown(
-    title: str,
-    sections: list[Section],
+    title: str,  # of the page
+    sections: list[Section],  # in the order of the page
 ) -> str:
     "The same as Markdown; its figures are files in a folder beside it."
     return "\n\n".join([f"# {cell_markdown(title)}", *(s.markdown() for s in sections)]) + "\n"
@@ -237,7 +237,7 @@ def to_markdown(
 
 def save_pictures(
     folder: str | Path,  # made if need be
-    sections: list[Section],
+    sections: list[Section],  # their pictures, also of sections inside sections
 ) -> list[Path]:
     "The figures as PNG on white, for the Markdown; each is closed."
     folder = Path(folder)

@@ -23,9 +23,9 @@ STEP = 0.24
 
 
 def draw_verdict(
-    ax: Axes,
-    v: Verdict,
-    height: float,
+    ax: Axes,  # drawn on
+    v: Verdict,  # its basis decides the mark
+    height: float,  # on the vertical axis, in strips
     headline: bool = True,  # thick with a full dot; else thin and hollow
     color: str | None = None,  # None: that of its footing
 ) -> None:
@@ -37,9 +37,9 @@ def draw_verdict(
 
 
 def draw_strip(
-    ax: Axes,
-    j: Judgement,
-    method: str,
+    ax: Axes,  # drawn on
+    j: Judgement,  # a whole comparison, from judge_all
+    method: str,  # label of the method
     i: int,  # strip
 ) -> None:
     "A method's headline with its detectable effect and its word, the other footings below."
@@ -54,8 +54,8 @@ def draw_strip(
 
 
 def legend_marks(
-    ax: Axes,
-    j: Judgement,
+    ax: Axes,  # drawn on
+    j: Judgement,  # a whole comparison, from judge_all
 ) -> None:
     "What each mark means, for the footings that are there."
     head = {v.basis for v in j.verdicts.values()}
@@ -66,7 +66,7 @@ def legend_marks(
 
 # %% ../../nbs/09_judge/09_verdict_chart.ipynb #cell-006
 def verdict_chart(
-    j: Judgement,
+    j: Judgement,  # a whole comparison, from judge_all
     margin: float = MARGIN,  # half-width of the band, points
     title: str = "",  # above the axes
 ) -> Figure:

@@ -21,7 +21,7 @@ from ..states.forward import eval_mode, reference_mode
 
 # %% ../../nbs/09_judge/07_coherence.ipynb #cell-006
 def reader(
-    model:nn.Module,
+    model:nn.Module,         # a causal LM; only read
     mode:Callable=eval_mode, # or reference_mode: without its adapter
 ) -> Callable:               # ids, mask -> logits
     "A model as something that reads."
@@ -31,11 +31,11 @@ def reader(
 
 @torch.no_grad()
 def reread(
-    generations:list[Generation],
+    generations:list[Generation], # texts with their prompts, each with a new token at least
     pad:int,                      # id to fill with
     reference:Callable,           # from reader
     policy:Callable|None=None,    # from reader; None: the reference wrote the texts itself
-    device="cpu",
+    device="cpu",                 # of both readers
     batch_size:int=32,            # texts at a time
 ) -> list[tuple[np.ndarray, np.ndarray]]: # for each text: log P of each new token under the reference, KL(π‖ref) at its place; nats
     "Read texts again, token by token."
@@ -58,12 +58,14 @@ def reread(
 # %% ../../nbs/09_judge/07_coherence.ipynb #cell-009
 RARE = 0.01  # share of the tokens of the reference's own samples that count as rare
 
-def words(text:str) -> list[str]:
+def words(
+    text:str, # plain; each mark counts for itself
+) -> list[str]:
     "Words and marks, in lower case."
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 def vocabulary(
-    generations:list[Generation],
+    generations:list[Generation], # of the reference
 ) -> dict[str, list[str]]: # words, chars; sorted
     "The words and characters of texts and of their prompts."
     texts = [t for g in generations for t in (g.prompt, g.text)]
@@ -78,7 +80,7 @@ def repeats(
     return 1 - len(set(runs))/len(runs) if runs else 0.0
 
 def text_features(
-    g:Generation,
+    g:Generation,         # with a new token at least
     logp:np.ndarray,      # of its tokens under the reference
     kl:np.ndarray,        # at its tokens
     known:dict,           # words, chars; rare: a log-probability
@@ -94,7 +96,7 @@ def text_features(
 
 # %% ../../nbs/09_judge/07_coherence.ipynb #cell-012
 def text_rows(
-    generations:list[Generation],
+    generations:list[Generation], # in the order they were read in
     read:list[tuple],             # from reread
     known:dict,                   # of the reference: words, chars, rare
 ) -> list[dict[str, float]]:
@@ -120,17 +122,24 @@ def spread(
     return {f"sd_{k}": float(np.sqrt(x.var(0, ddof=1).mean())) for k, x in values.items()}
 
 # %% ../../nbs/09_judge/07_coherence.ipynb #cell-015
-def write_texts(model, tokenizer, prompts:list[str], tokens:int, samples:int, seed:int) -> list[Generation]:
+def write_texts(
+    model,             # a causal LM as it stands; only read
+    tokenizer,         # a Hugging Face tokenizer
+    prompts:list[str], # neutral ones and some of the in-domain set
+    tokens:int,        # new tokens at most
+    samples:int,       # sampled texts of each prompt, beside a greedy one
+    seed:int,          # of the samples
+) -> list[Generation]: # greedy ones first, then all prompts sampled, then all again, …
     "A greedy text and some samples for each prompt."
     return generate(model, tokenizer, prompts, tokens, temperature=0) + generate(model, tokenizer, list(prompts)*samples, tokens, seed=seed)
 
 def base_coherence(
     model:nn.Module,      # the reference, or a model whose adapter is switched off
-    tokenizer,
-    prompts:list[str],
-    tokens:int=48,
+    tokenizer,            # a Hugging Face tokenizer
+    prompts:list[str],    # neutral ones and some of the in-domain set
+    tokens:int=48,        # new tokens at most
     samples:int=2,        # sampled texts of each prompt
-    seed:int=0,
+    seed:int=0,           # of the samples; the other set of them has seed + 1
 ) -> tuple[list[Generation], dict]: # its texts; features, sd_…, words, chars
     "The reference's own texts, and how much two sets of them differ."
     pad, device = pad_id(tokenizer), next(model.parameters()).device
@@ -144,7 +153,7 @@ def base_coherence(
 
 def coherence(
     model:nn.Module,               # the policy as it stands
-    tokenizer,
+    tokenizer,                     # a Hugging Face tokenizer
     prompts:list[str],             # neutral ones and some of the in-domain set
     base:dict|None=None,           # what the reference gave with the same prompts; None: this is the reference
     tokens:int=48,                 # new tokens at most

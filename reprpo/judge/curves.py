@@ -54,11 +54,11 @@ def tuning_table(
 
 # %% ../../nbs/09_judge/10_curves.ipynb #cell-009
 def behind(
-    ax: Axes,
+    ax: Axes,  # drawn on
     frame: pd.DataFrame,  # a column `method`
     name: str,  # the method this panel is about
-    x: str,
-    y: str,
+    x: str,  # column for the horizontal axis
+    y: str,  # column for the vertical axis
 ) -> None:
     "The other methods, in grey."
     for _, other in frame[frame.method != name].groupby("method", sort=False):
@@ -92,7 +92,7 @@ CURVES = ("loss", "accuracy", "rewards/margins")
 
 def over_seeds(
     history: pd.DataFrame,  # method, seed, step and metrics
-    metric: str,
+    metric: str,  # column of the history; if it lacks that, the frame is empty
 ) -> pd.DataFrame:  # steps as lines, seeds as columns
     "One metric of one method's runs."
     if metric not in history:
@@ -101,9 +101,9 @@ def over_seeds(
 
 
 def draw_curve(
-    ax: Axes,
+    ax: Axes,  # drawn on
     runs: pd.DataFrame,  # from over_seeds
-    color: str,
+    color: str,  # of both
 ) -> None:
     "Thin seeds and their thick mean."
     if runs.empty:

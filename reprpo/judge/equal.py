@@ -46,7 +46,7 @@ def floors(
 
 def picked(
     rows: pd.DataFrame,  # columns method, seed
-    runs: set[tuple[str, int]],
+    runs: set[tuple[str, int]],  # (method, seed) of each
 ) -> pd.Series:
     "True for the rows of these runs."
     return pd.Series(pd.MultiIndex.from_frame(rows[["method", "seed"]]).isin(list(runs)) if runs else False, index=rows.index)
@@ -69,7 +69,7 @@ def sink(
 
 def break_table(
     rows: pd.DataFrame,  # score frame
-    status: dict[tuple[str, int], str] | None,
+    status: dict[tuple[str, int], str] | None,  # (method, seed) -> coherent, suspect, broken; None: nobody looked
 ) -> dict[str, dict]:
     "method -> broken, suspect, runs; empty if nobody looked."
     runs = rows[rows.method != "base"].drop_duplicates(["method", "seed"]).groupby("method", sort=False).size()
@@ -92,7 +92,7 @@ class Curves:
         rows: pd.DataFrame,  # score_rows at scale 1, base included, broken runs sunk
         frontier: pd.DataFrame,  # score frame at other scales
         kl: pd.DataFrame,  # method, seed, scale, kl_policy
-        broken: set[tuple[str, int]],
+        broken: set[tuple[str, int]],  # runs, kept apart from the curves; may be empty
         score: str = "mean",  # "mean" or "sum"
     ) -> "Curves":
         "From the frames a comparison leaves behind; sets without a frontier are left out."
@@ -112,14 +112,14 @@ class Curves:
 
     def of(
         self,
-        method: str,
+        method: str,  # label of the method
     ) -> pd.DataFrame:
         "The rows of one method."
         return self.rows[self.rows.method == method]
 
     def turned(
         self,
-        method: str,
+        method: str,  # label of the method
     ) -> bool:
         "Was it scored at other strengths, or did it have none to score it at? A method without an unbroken run counts as turned."
         scales = self.of(method)["scale"]
@@ -127,7 +127,7 @@ class Curves:
 
     def alive(
         self,
-        *methods: str,
+        *methods: str,  # labels of methods
     ) -> list[str]:
         "Those with at least one unbroken run."
         return [m for m in methods if m in self.kl.method.unique()]
@@ -141,9 +141,9 @@ class Curves:
 
 # %% ../../nbs/09_judge/09_equal.ipynb #cell-014
 def meet(
-    curves: Curves,
+    curves: Curves,  # outcomes and KL along all strengths, from Curves.make
     place: Callable,  # (method, target) -> rows of the unbroken seeds, number of seeds clamped
-    method: str,
+    method: str,  # label of the method
     target: float,  # where to meet
 ) -> tuple[pd.DataFrame, int]:
     "A method's rows at the target, broken runs included, and how many of its seeds were clamped."
@@ -155,10 +155,10 @@ def meet(
 
 
 def equal_tables(
-    curves: Curves,
+    curves: Curves,  # outcomes and KL along all strengths, from Curves.make
     place: Callable,  # (method, target) -> rows, clamped
     targets: dict[str, float],  # method -> where it meets the reference
-    sets: pd.DataFrame,
+    sets: pd.DataFrame,  # label, role, polarity
     against: str,  # the reference method
     **options,  # score, level, seed
 ) -> tuple[Generalisation, dict[str, dict]]:
@@ -175,8 +175,8 @@ def equal_tables(
 
 
 def check_frontier(
-    curves: Curves,
-    sets: pd.DataFrame,
+    curves: Curves,  # outcomes and KL along all strengths, from Curves.make
+    sets: pd.DataFrame,  # label, role, polarity
 ) -> None:
     "Refuse a frontier that would change what the primary outcome is a mean of."
     lost = sets.label[(sets.role == "transfer") & (sets.polarity != 0) & ~sets.label.isin(curves.base["set"].unique())]
@@ -185,7 +185,7 @@ def check_frontier(
 
 # %% ../../nbs/09_judge/09_equal.ipynb #cell-015
 def equal_kl(
-    curves: Curves,
+    curves: Curves,  # outcomes and KL along all strengths, from Curves.make
     sets: pd.DataFrame,  # label, role, polarity
     against: str,  # the reference method
     **options,  # score, level, seed
@@ -204,10 +204,10 @@ def equal_kl(
 
 # %% ../../nbs/09_judge/09_equal.ipynb #cell-020
 def common_accuracy(
-    curves: Curves,
+    curves: Curves,  # outcomes and KL along all strengths, from Curves.make
     labels: list[str],  # in-domain sets
-    method: str,
-    against: str,
+    method: str,  # label of the method
+    against: str,  # the reference method
 ) -> float:
     "In-domain accuracy that both reach: the reference's at scale 1, or the method's highest if that is less."
     rows = curves.rows[curves.rows["set"].isin(labels)]
@@ -216,7 +216,7 @@ def common_accuracy(
 
 
 def equal_accuracy(
-    curves: Curves,
+    curves: Curves,  # outcomes and KL along all strengths, from Curves.make
     sets: pd.DataFrame,  # label, role, polarity
     against: str,  # the reference method
     **options,  # score, level, seed

@@ -30,9 +30,9 @@ class Pool:
     def runs(self) -> list[int]: return sorted(self.rows.seed.unique())
 
 def deal(
-    pool:Pool,
+    pool:Pool,                 # runs to draw from, none twice
     seeds:int,                 # runs in each hand
-    rng:np.random.Generator,
+    rng:np.random.Generator,   # of the draws; it moves on
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # rows and KL, methods `dpo` and `again`, seeds 0 … seeds−1
     "Two hands of different runs."
     if 2 * seeds > len(pool.runs): raise UserError(f"two hands of {seeds} need {2 * seeds} runs; the pool has {len(pool.runs)}")
@@ -58,8 +58,8 @@ def lift(
 def plant(
     rows:pd.DataFrame,         # of both hands
     points:float,              # gain of `again` in the mean over the transfer sets, percentage points
-    sets:pd.DataFrame,
-    rng:np.random.Generator,
+    sets:pd.DataFrame,         # label, role, polarity
+    rng:np.random.Generator,   # of the draws; it moves on
 ) -> pd.DataFrame:
     "Turn wrong rows of one hand right by chance, the same rows of a run at every strength."
     if not points: return rows
@@ -89,7 +89,7 @@ def headline(
     return give_verdict("again", "dpo", table.cells["again", TRANSFER], "equal KL")
 
 def measure_errors(
-    pool:Pool,
+    pool:Pool,           # runs to draw from
     points:float=0.0,    # planted gain; 0 is an A/A comparison
     n:int=200,           # comparisons
     seeds:int=10,        # runs in each hand
@@ -105,10 +105,11 @@ def measure_errors(
         lines.append(dict(draw=i, seeds=seeds, planted=points, points=e.value, low=e.low, high=e.high, p=v.p_flip, mde=v.mde, word=v.word))
     return pd.DataFrame(lines)
 
+# %% ../../nbs/09_judge/11_error_rates.ipynb #cell-009x
 def rate(
-    found:int,
-    n:int,
-    level:float=0.95,
+    found:int,        # times it happened
+    n:int,            # times it could
+    level:float=0.95, # nominal coverage
 ) -> tuple[float, float, float]: # share, lower and upper bound
     "A share with its exact interval (Clopper & Pearson 1934)."
     tail = (1 - level) / 2

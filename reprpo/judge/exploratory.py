@@ -26,8 +26,8 @@ def find_results(
     raise UserError(f"no {name} above {here}: stored results come with the repository, not with the package")
 
 def standing_of(
-    low:float,  # ends of the interval, points
-    high:float,
+    low:float,  # lower end of the interval, points
+    high:float, # upper end
     zero:str,   # what is said of an interval that holds 0
     up:str,     # of one above
     down:str,   # of one below
@@ -37,8 +37,8 @@ def standing_of(
 
 def told(
     value:float, # points
-    low:float,
-    high:float,
+    low:float,   # lower end of the interval, points
+    high:float,  # upper end
 ) -> str:
     "An estimate with its interval."
     return f"{value:+.1f} [{low:.1f}, {high:.1f}]"
@@ -50,7 +50,9 @@ class Exploratory:
     lines: pd.DataFrame  # one a method: rate, base, own and equal with their _low and _high, kl, seeds, broken
     of: int              # methods in the table
 
-    def sentence(self, method:str) -> str:
+    def sentence(self,
+        method:str, # method string, as in the table
+    ) -> str:
         "What one line says, and no more."
         x = self.lines.loc[method]
         moved = standing_of(x.base_low, x.base_high, "did not move the base's transfer mean beyond its interval", "carried over to the transfer sets",

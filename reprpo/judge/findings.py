@@ -20,7 +20,7 @@ from .verdict import MARGIN, Judgement, Verdict
 
 # %% ../../nbs/09_judge/10_findings.ipynb #cell-005
 def number(
-    x,
+    x,  # an int or float; anything else, infinite or NaN: a dash
     digits: int = 2,  # decimals
     sign: bool = False,  # with a plus
 ) -> str:
@@ -31,7 +31,7 @@ def number(
 
 
 def p_value(
-    p: float,
+    p: float,  # in [0, 1]; NaN: a dash
 ) -> str:
     "A probability as a cell."
     if not math.isfinite(p) or p >= 0.1:
@@ -40,7 +40,7 @@ def p_value(
 
 
 def plural(
-    n: int,
+    n: int,  # how many
     what: str,  # in the singular
 ) -> str:
     "`1 run`, `2 runs`."
@@ -48,14 +48,14 @@ def plural(
 
 
 def listed(
-    words: list[str],
+    words: list[str],  # in this order; none: an empty text
 ) -> str:
     "`a, b and c`."
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 # %% ../../nbs/09_judge/10_findings.ipynb #cell-008
 def answer(
-    j: Judgement,
+    j: Judgement,  # a whole comparison, from judge_all
 ) -> str:
     "The verdicts in one sentence."
     if not j.verdicts:
@@ -73,7 +73,7 @@ def answer(
 
 
 def verdict_row(
-    v: Verdict,
+    v: Verdict,  # of a method, or of the null
     breaks: dict | None = None,  # broken, suspect, runs
 ) -> dict[str, str]:
     "A verdict as cells."
@@ -83,7 +83,7 @@ def verdict_row(
 
 
 def verdict_table(
-    j: Judgement,
+    j: Judgement,  # a whole comparison, from judge_all
 ) -> Table:
     "One line per method, and the null below."
     rows = [verdict_row(v, j.breaks.get(m)) for m, v in j.verdicts.items()]
@@ -96,10 +96,10 @@ def verdict_table(
             frame = frame.drop(columns=column)
     return Table(frame, left=2, words=("at", "note"))
 
-
+# %% ../../nbs/09_judge/10_findings.ipynb #cell-010x
 def beside_table(
-    j: Judgement,
-) -> Table | None:
+    j: Judgement,  # a whole comparison, from judge_all
+) -> Table | None:  # None: there is one footing only
     "The same methods on the other footings."
     if not j.beside:
         return None
@@ -110,8 +110,8 @@ def beside_table(
 
 
 def moved_table(
-    j: Judgement,
-) -> Table | None:
+    j: Judgement,  # a whole comparison, from judge_all
+) -> Table | None:  # None: nothing was compared at equal KL
     "The KL at which each method was compared, and how many seeds did not reach it."
     if not j.targets:
         return None
@@ -120,7 +120,7 @@ def moved_table(
 
 
 def verdict_blocks(
-    j: Judgement | None,
+    j: Judgement | None,  # a whole comparison, from judge_all; None: nothing was judged
 ) -> list:
     "The answer, its table, and the notes."
     if j is None:
@@ -139,14 +139,14 @@ ROLE_NAMES = {"in_domain": "in domain", "transfer": "transfer", "probe": "probe"
 
 
 def headline(
-    j: Judgement,
-) -> Generalisation | None:
+    j: Judgement,  # a whole comparison, from judge_all
+) -> Generalisation | None:  # None: no method to compare with
     "The table that the verdicts are read from: at equal KL where there is one."
     return j.equal_kl if j.equal_kl is not None else j.own
 
 
 def set_table(
-    j: Judgement,
+    j: Judgement,  # a whole comparison, from judge_all
     label: str,  # set
 ) -> Table:
     "Every method on one set."
@@ -167,9 +167,9 @@ def set_table(
     frame = pd.DataFrame(lines).fillna("–")
     return Table(frame.drop(columns=[c for c in frame if set(frame[c]) == {"–"}]))
 
-
+# %% ../../nbs/09_judge/10_findings.ipynb #cell-019x
 def transfer_rows(
-    j: Judgement,
+    j: Judgement,  # a whole comparison, from judge_all
 ) -> Table:
     "The primary outcome, the mean over the transfer sets, of every method."
     g, start = headline(j), j.base.levels.get(TRANSFER, math.nan)
@@ -183,7 +183,7 @@ def transfer_rows(
 
 
 def set_sections(
-    j: Judgement,
+    j: Judgement,  # a whole comparison, from judge_all
     pairs: dict | None = None,  # set -> (prompt, chosen, rejected)
 ) -> list[Section]:
     "A section per set, in the table's order, the transfer mean behind the transfer sets."
@@ -265,7 +265,7 @@ def standing(
 
 
 def power_line(
-    j: Judgement,
+    j: Judgement,  # a whole comparison, from judge_all
 ) -> str:
     "What the size of the experiment could find."
     sizes = sorted(v.mde for v in j.verdicts.values() if math.isfinite(v.mde))
@@ -278,7 +278,7 @@ def power_line(
 
 
 def limits(
-    j: Judgement | None,
+    j: Judgement | None,  # a whole comparison, from judge_all; None: nothing was judged
     plan: dict | None = None,  # of a registered comparison
     tuned: bool = False,  # were learning rates tuned
 ) -> list[str]:
@@ -306,7 +306,7 @@ def limits(
 
 # %% ../../nbs/09_judge/10_findings.ipynb #cell-027
 def summarise(
-    judgement: Judgement,
+    judgement: Judgement,  # a whole comparison, from judge_all
 ) -> dict:
     "Every method's verdict as plain values: word, estimate, interval, tests, smallest effect, footing, seeds."
     finite = lambda x: float(x) if x is not None and math.isfinite(x) else None

@@ -37,7 +37,7 @@ def set_label(
 
 
 def marks(
-    g: Generalisation,
+    g: Generalisation,  # methods against one reference, points with intervals
 ) -> dict[str, str]:
     "Display name of every column of the table."
     polarity = dict(zip(g.sets.label, g.sets.polarity))
@@ -61,7 +61,7 @@ def paint(
 
 
 def colors(
-    g: Generalisation,
+    g: Generalisation,  # methods against one reference, points with intervals
 ) -> dict[str, str]:
     "Colour of each method of a table; a reference that is a method has one too."
     return paint([*([g.against] if g.against != "base" else []), *g.methods])
@@ -93,8 +93,8 @@ def stacked(
 
 # %% ../../nbs/09_judge/02_forest.ipynb #cell-016
 def draw_method(
-    ax: Axes,
-    g: Generalisation,
+    ax: Axes,  # drawn on
+    g: Generalisation,  # methods against one reference, points with intervals
     name: str,  # method
     j: int = 0,  # its lane
     m: int = 1,  # lanes in a strip
@@ -111,8 +111,8 @@ def draw_method(
 
 
 def strips(
-    ax: Axes,
-    g: Generalisation,
+    ax: Axes,  # drawn on
+    g: Generalisation,  # methods against one reference, points with intervals
 ) -> None:
     "The ground: a strip per set, the primary one tinted, lines between roles, zero."
     style(ax)
@@ -133,14 +133,14 @@ CROWD = 4
 
 
 def axis_label(
-    g: Generalisation,
+    g: Generalisation,  # methods against one reference, points with intervals
 ) -> str:
     "What the horizontal axis says."
     return f"accuracy, points against {g.against} ({g.level:.0%} interval; small dots: seeds)"
 
 
 def together(
-    g: Generalisation,
+    g: Generalisation,  # methods against one reference, points with intervals
 ) -> Figure:
     "All methods in one pair of axes."
     rows, m = len(g.columns), len(g.methods)
@@ -152,7 +152,7 @@ def together(
     fig.legend(loc="outside lower left", frameon=False, fontsize=9)
     return fig
 
-
+# %% ../../nbs/09_judge/02_forest.ipynb #cell-020x
 def panels(
     names: list[str],  # method labels, in the order of the table
     size: tuple[float, float] = (2.1, 1.7),  # of one panel, inches
@@ -176,7 +176,7 @@ def panels(
 
 
 def apart(
-    g: Generalisation,
+    g: Generalisation,  # methods against one reference, points with intervals
 ) -> Figure:
     "A panel per method, all on the same axes."
     fig, axes = panels(g.methods, (2.1, 0.7 + 0.18 * len(g.columns)), ink=colors(g))
@@ -188,7 +188,7 @@ def apart(
 
 
 def forest(
-    g: Generalisation,
+    g: Generalisation,  # methods against one reference, points with intervals
     title: str = "",  # above the axes
 ) -> Figure:
     "Points, intervals and seeds of every method on every set, against the reference at zero."

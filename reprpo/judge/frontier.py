@@ -23,7 +23,7 @@ from ..plots import COLORS, METHOD_COLORS, style
 # %% ../../nbs/09_judge/05_frontier.ipynb #cell-006
 def crossing(
     path: Float[np.ndarray, " m"],  # a quantity at growing scales, the base's first
-    target: float,
+    target: float,  # value that is looked for, in the path's unit
 ) -> tuple[int, int, float, bool]:  # the two points around the target, weight of the second, out of reach?
     "Where a path first gets to a target; a path that falls back keeps its running maximum."
     top = np.maximum.accumulate(path)
@@ -39,7 +39,7 @@ def crossing(
 # %% ../../nbs/09_judge/05_frontier.ipynb #cell-009
 def only(
     frame: pd.DataFrame,  # a column `method`
-    method: str,
+    method: str,  # label of the method
     what: str,  # of the frame, for the message
 ) -> pd.DataFrame:
     "The lines of one method, or a one-line error."
@@ -51,7 +51,7 @@ def only(
 
 def kl_paths(
     kl: pd.DataFrame,  # method, seed, scale, kl_policy
-    method: str,
+    method: str,  # label of the method
 ) -> pd.DataFrame:  # seeds × scales, scale 0 included; √nats per token
     "√KL of every seed at every scale, rising: the running maximum."
     mine = only(kl, method, "KL")
@@ -69,7 +69,7 @@ def kl_paths(
 
 def common_kl(
     kl: pd.DataFrame,  # method, seed, scale, kl_policy
-    method: str,
+    method: str,  # label of the method
     against: str = "dpo",  # the reference method
 ) -> float:  # nats per token
     "KL at which to compare: the reference's own, or the most that the method reaches if that is less."
@@ -82,7 +82,7 @@ def common_kl(
 def _scores(
     rows: pd.DataFrame,  # method, seed, scale, set, row, kind, correct
     base: pd.DataFrame,  # set, row, correct
-    method: str,
+    method: str,  # label of the method
 ) -> tuple[dict, pd.Series]:  # seed -> outcomes, (set, row) × scales; kinds
     "Outcomes of every seed along its scales, the base's first, on the rows that all its scales share."
     mine = only(rows, method, "scores")
@@ -117,12 +117,12 @@ def _at(
         clamped += outside
     return pd.concat(parts, ignore_index=True)[["seed", "set", "row", "kind", "correct"]], clamped
 
-
+# %% ../../nbs/09_judge/05_frontier.ipynb #cell-015x
 def at_kl(
     rows: pd.DataFrame,  # method, seed, scale, set, row, kind, correct; without the base
     kl: pd.DataFrame,  # method, seed, scale, kl_policy
     base: pd.DataFrame,  # set, row, correct: scale 0
-    method: str,
+    method: str,  # label of the method
     target: float,  # nats per token
 ) -> tuple[pd.DataFrame, int]:  # seed, set, row, kind, correct in [0, 1]; seeds that never get there
     "Each seed's rows at one KL, by interpolation in √KL between neighbouring scales."
@@ -142,7 +142,7 @@ def at_kl(
 def at_accuracy(
     rows: pd.DataFrame,  # method, seed, scale, set, row, kind, correct; without the base
     base: pd.DataFrame,  # set, row, correct: scale 0
-    method: str,
+    method: str,  # label of the method
     target: float,  # in-domain accuracy, 0 to 1
     labels: list[str],  # in-domain sets, of which the mean is taken
 ) -> tuple[pd.DataFrame, int]:  # seed, set, row, kind, correct in [0, 1]; seeds that never get there
@@ -189,7 +189,7 @@ def mean_curve(
     error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(steps)
     return grid, values.mean(0), error
 
-
+# %% ../../nbs/09_judge/05_frontier.ipynb #cell-031x
 def apart(
     heights: list[float],  # where labels want to stand
     gap: float,  # that they need
@@ -217,12 +217,12 @@ def kl_ticks(
             ticks.append(t)
     return ticks
 
-
+# %% ../../nbs/09_judge/05_frontier.ipynb #cell-032
 def draw_frontier(
-    ax: Axes,
+    ax: Axes,  # drawn on
     runs: pd.DataFrame,  # lines of frontier_frame of one method
-    color: str,
-    dash: str = "-",
+    color: str,  # of the line, its band and its dot
+    dash: str = "-",  # Matplotlib line style
 ) -> tuple[float, float]:  # where the curve ends
     "One method: seeds faint, the mean with its band, a dot at its own setting; a dot alone where there are no other strengths."
     own = runs[runs.scale == 1.0]

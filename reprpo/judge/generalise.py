@@ -66,7 +66,7 @@ GAIN_COLUMNS = ["method", "set", "role", "polarity", "seeds", "accuracy", "point
 
 
 def fraction(
-    part: pd.Series,
+    part: pd.Series,  # numerator, lines as in the whole
     whole: pd.Series,  # where it is 0 there is nothing to divide, and the answer is NaN
 ) -> pd.Series:
     "part / whole, NaN where the whole is 0."
@@ -146,14 +146,16 @@ class Generalisation:
         return "\n\n".join([header(self), as_markdown(self.table.T), *notes(self)])
 
 # %% ../../nbs/09_judge/01_generalise.ipynb #cell-016
-def span(numbers) -> str:
+def span(
+    numbers,  # counts, at least one: rows of each set, or seeds of each cell
+) -> str:
     "`240` or `120–300`."
     low, high = min(numbers), max(numbers)
     return f"{low}" if low == high else f"{low}–{high}"
 
 
 def header(
-    g: Generalisation,
+    g: Generalisation,  # methods against one reference, points with intervals
 ) -> str:
     "One line: reference, interval, rows, seeds, score."
     seeds, units = [e.seeds for e in g.cells.values()], {e.unit for e in g.cells.values()}
@@ -164,7 +166,7 @@ def header(
 
 
 def notes(
-    g: Generalisation,
+    g: Generalisation,  # methods against one reference, points with intervals
 ) -> list[str]:
     "What limits the reading, one line each; empty when nothing does."
     few = any(e.demonstration for e in g.cells.values())

@@ -26,7 +26,7 @@ class Generation:
     "A text that a model wrote after a prompt."
     prompt_ids: tuple[int, ...]  # what it was given, BOS included where the tokenizer adds it
     new_ids: tuple[int, ...]     # what it wrote, the end token included if it came
-    prompt: str
+    prompt: str                  # as it was given; of messages, what the user said last
     text: str                    # the new tokens as text, without special tokens
     how: str                     # greedy or sampled
     ended: bool                  # by itself, before the limit
@@ -37,7 +37,7 @@ class Generation:
 
 # %% ../../nbs/09_judge/06_generate.ipynb #cell-007
 def prompt_rows(
-    tokenizer,
+    tokenizer,           # a Hugging Face tokenizer
     prompts:list,        # text, pairs or messages
     limit:int,           # tokens a prompt may have
 ) -> list[list[int]]:
@@ -49,7 +49,7 @@ def prompt_rows(
     return rows
 
 def left_pad(
-    rows:list[list[int]],
+    rows:list[list[int]],    # ids, at least one row
     pad:int,                 # id to fill with
 ) -> tuple[Tensor, Tensor]:  # ids, mask; both (b, t)
     "Rows of one length, filled up on the left, and the mask that hides the filling."
@@ -69,7 +69,7 @@ def until_end(
 @contextmanager
 def plain_settings(
     model:nn.Module,  # the HF model inside any wrapper
-    tokenizer,
+    tokenizer,        # a Hugging Face tokenizer
 ) -> Iterator[list[int]]: # end tokens
     "The model without generation settings of its own; its end tokens are kept, and the end of a turn is one."
     from transformers import GenerationConfig
@@ -82,8 +82,8 @@ def plain_settings(
 
 @contextmanager
 def own_chance(
-    seed:int,
-    device:torch.device,
+    seed:int,            # of the block; a seed for generating is derived from it
+    device:torch.device, # whose generator draws; a GPU with its index
 ) -> Iterator[None]:
     "Seed the global generators inside the block; outside, they go on as if nothing had been drawn."
     gpu, seed = device.type == "cuda", derive(seed, "generate")

@@ -46,9 +46,9 @@ class Written:
 
 
 def written(
-    generations:list[Generation],
-    pad_id:int,               # id to fill with
-    device:torch.device,
+    generations:list[Generation], # one row each, in this order
+    pad_id:int,                   # id to fill with
+    device:torch.device,          # where the batch is put
 ) -> Written:
     "Generations filled up on the right: under a causal mask nothing that counts sees the filling."
     rows = [[*g.prompt_ids, *g.new_ids] for g in generations]
@@ -60,8 +60,8 @@ def written(
 
 
 def batched(
-    generations:list[Generation],
-    batch_size:int,           # at most
+    generations:list[Generation], # in any order; they come out by length
+    batch_size:int,               # at most
 ) -> Iterator[list[Generation]]:
     "Generations of similar length together, so that little is computed on padding."
     size = lambda g: len(g.prompt_ids) + len(g.new_ids)
@@ -75,9 +75,9 @@ def batched(
 
 # %% ../../nbs/09_judge/04_movement.ipynb #cell-007
 def next_logps(
-    model:nn.Module,
-    some:Written,
-) -> Float[Tensor, "n v"]:  # fp32, nats
+    model:nn.Module,       # as it stands, its adapter on, off or scaled; a system prompt of its own is put in
+    some:Written,          # on the model's device
+) -> Float[Tensor, "n v"]: # fp32, nats
     "Log-probability of every token of the vocabulary at every place where a new one was written."
     hf, (some, run) = bare(model), as_read(model, some)
     with capture(model, ["final"]) as got: run(**model_inputs(model, some))
@@ -129,10 +129,10 @@ def kl_tokens(
 # %% ../../nbs/09_judge/04_movement.ipynb #cell-019
 def movement(
     model:nn.Module,               # with its adapter on
-    tokenizer,
+    tokenizer,                     # a Hugging Face tokenizer
     prompts:list[str],             # neutral ones
     reference:list[Generation],    # what the reference says to them, sampled at temperature 1
-    scales:tuple[float, ...]=SCALES,
+    scales:tuple[float, ...]=SCALES, # of the adapter: 0 the reference, 1 as trained
     tokens:int=32,                 # new ones at most
     seed:int=0,                    # of the samples, the same at every scale
 ) -> list[dict]:                   # scale, kl_policy, kl_reference (nats per token), tokens_policy, tokens_reference

@@ -35,7 +35,7 @@ class Page:
     "All that the page of a comparison is made of; what is None or empty is said to be missing."
 
     question: str  # what the comparison was made to answer, one sentence
-    judgement: Judgement | None = None
+    judgement: Judgement | None = None  # from judge_all; None: no run was scored
     scores: pd.DataFrame | None = None  # score frame at scale 1, base included: for the frontier plot
     frontier: pd.DataFrame | None = None  # score frame at other scales
     kl: pd.DataFrame | None = None  # method, seed, scale, kl_policy
@@ -48,7 +48,7 @@ class Page:
     failed: dict = field(default_factory=dict)  # run -> reason
     manifest: dict = field(default_factory=dict)  # how it was made
     plan: dict | None = None  # of a registered comparison: hash, time
-    title: str = "reprpo: a comparison"
+    title: str = "reprpo: a comparison"  # of the file, and its first heading
 
 # %% ../../nbs/09_judge/10_page.ipynb #cell-007
 SEE = dict(
@@ -73,7 +73,7 @@ TUNING = ("Accuracy on the validation pairs, % ± standard error · KL from the 
 
 def picture(
     name: str,  # key of SEE and SHOWS
-    figure: Figure,
+    figure: Figure,  # left open; it is closed when the page is written
     more: str = "",  # after the caption
 ) -> Picture:
     "A figure with its words."
@@ -86,8 +86,10 @@ def missing(
     "The line that stands for a part that is not there."
     return [Text(what, "note")]
 
-
-def said(page: Page) -> list:
+# %% ../../nbs/09_judge/10_page.ipynb #cell-009x
+def said(
+    page: Page,  # all that is known of the comparison
+) -> list:
     "The question and the answer."
     blocks = [Text(page.question), *verdict_blocks(page.judgement)]
     if page.judgement is None or not page.judgement.verdicts:
@@ -95,7 +97,9 @@ def said(page: Page) -> list:
     return [*blocks[:3], picture("verdicts", verdict_chart(page.judgement)), *blocks[3:]]
 
 
-def tuned(page: Page) -> list:
+def tuned(
+    page: Page,  # all that is known of the comparison
+) -> list:
     "What was tried, and chosen."
     if not page.tune:
         return missing("No learning rate was tuned: every method ran at the one it was given, or at its own default.")
@@ -105,7 +109,9 @@ def tuned(page: Page) -> list:
     return [Text(TUNING, "note"), *more, Table(tuning_table(frame)), picture("tuning", tuning_plot(frame))]
 
 
-def frontiers(page: Page) -> list:
+def frontiers(
+    page: Page,  # all that is known of the comparison
+) -> list:
     "Accuracy over movement."
     j = page.judgement
     if j is None or any(x is None for x in (page.scores, page.frontier, page.kl)):
@@ -118,8 +124,10 @@ def frontiers(page: Page) -> list:
     figure = frontier_plot(frontier_frame(curves.rows, curves.kl, curves.base, j.base.sets), target)
     return [picture("frontier", figure, " Broken runs are left out of the picture, not of the verdicts." * bool(broken))]
 
-
-def forests(page: Page) -> list:
+# %% ../../nbs/09_judge/10_page.ipynb #cell-010x
+def forests(
+    page: Page,  # all that is known of the comparison
+) -> list:
     "Every set."
     if page.judgement is None:
         return missing("No run was scored.")
@@ -131,7 +139,9 @@ def forests(page: Page) -> list:
     return blocks
 
 
-def learning(page: Page) -> list:
+def learning(
+    page: Page,  # all that is known of the comparison
+) -> list:
     "How the runs went."
     if page.history is None or page.history.empty:
         return missing("No metrics were logged.")
@@ -139,19 +149,25 @@ def learning(page: Page) -> list:
     return [picture("learning", learning_curves(page.history, known))]
 
 
-def separation(page: Page) -> list:
+def separation(
+    page: Page,  # all that is known of the comparison
+) -> list:
     "States against outputs."
     if page.history is None or "q/n" not in page.history or page.history["q/n"].isna().all():
         return missing("No method here reads hidden states.")
     return [picture("separation", separation_plot(page.history))]
 
 # %% ../../nbs/09_judge/10_page.ipynb #cell-009
-def sets(page: Page) -> list:
+def sets(
+    page: Page,  # all that is known of the comparison
+) -> list:
     "Set by set."
     return set_sections(page.judgement, page.pairs) if page.judgement else missing("No run was scored.")
 
 
-def writing(page: Page) -> list:
+def writing(
+    page: Page,  # all that is known of the comparison
+) -> list:
     "Do they still write?"
     blocks = missing("Coherence was not measured.") if page.coherence is None or page.coherence.empty else [coherence_table(page.coherence)]
     if not page.samples:
@@ -159,14 +175,18 @@ def writing(page: Page) -> list:
     return [*blocks, Text("The same prompts, greedy, the first seed of each method:", "note"), *sample_blocks(page.samples)]
 
 
-def bill(page: Page) -> list:
+def bill(
+    page: Page,  # all that is known of the comparison
+) -> list:
     "What it took."
     if page.costs is None or page.costs.empty:
         return missing("No run wrote down its time.")
     return [cost_table(page.costs, page.tune)]
 
 
-def failures(page: Page) -> list:
+def failures(
+    page: Page,  # all that is known of the comparison
+) -> list:
     "Runs that failed."
     if not page.failed:
         return missing("None: every run that was started came to its end.")
@@ -174,12 +194,16 @@ def failures(page: Page) -> list:
     return [Text("A run that failed has no scores and counts for nothing; its method has a seed less.", "note"), Table(pd.DataFrame(rows), left=2)]
 
 
-def boundaries(page: Page) -> list:
+def boundaries(
+    page: Page,  # all that is known of the comparison
+) -> list:
     "What it can and cannot say."
     return [Text(line) for line in limits(page.judgement, page.plan, bool(page.tune))]
 
 
-def making(page: Page) -> list:
+def making(
+    page: Page,  # all that is known of the comparison
+) -> list:
     "What is needed to make it again."
     if not page.manifest:
         return missing("No manifest: it is not known how this was made.")
@@ -196,9 +220,9 @@ CONTENTS: dict[str, Callable] = {
 
 # %% ../../nbs/09_judge/10_page.ipynb #cell-011
 def make_section(
-    title: str,
+    title: str,  # of the section
     make: Callable,  # Page -> pieces
-    page: Page,
+    page: Page,  # all that is known of the comparison
 ) -> tuple[Section, str]:
     "The section and an empty string, or a section that says why it is not there, and that reason."
     open_figures = set(plt.get_fignums())
@@ -213,7 +237,7 @@ def make_section(
 
 def write_page(
     path: str | Path,  # of the HTML; the Markdown has the same name and .md, its figures lie in report/ beside it
-    page: Page,
+    page: Page,  # all that is known of the comparison
 ) -> dict[str, str]:  # section -> why it could not be made; empty when all is there
     "The page as one HTML file that stands alone, and the same as Markdown."
     path, found = Path(path), {title: make_section(title, make, page) for title, make in CONTENTS.items()}

@@ -36,12 +36,14 @@ def known_answers() -> tuple[dict[str, set], dict[str, set]]: # question in prom
             answers.setdefault(family, set()).update((i.good, i.bad))
     return asked, answers
 
-def is_story(prompt:str) -> bool:
+def is_story(
+    prompt:str, # one of the world's
+) -> bool:
     "Is a story what the prompt asks for?"
     return "Story:" in prompt
 
 def well_formed(
-    prompt:str,
+    prompt:str,    # one of the world's: a story to go on with, a question or a sum
     text:str,      # what a model wrote
     ended:bool,    # whether it came to an end by itself
 ) -> list[bool]:   # one for each sentence of a story, one for an answer
@@ -76,7 +78,7 @@ def world_prompts(
     train:str="facts",  # the set trained on
     split:str="val",    # of the rows
     stories:int=16,     # stories to go on with
-    sums:int=4,
+    sums:int=4,         # sums to work out
     chats:int=12,       # questions of the set trained on
     seed:int=0,         # of the draw
 ) -> list[str]:
@@ -85,9 +87,9 @@ def world_prompts(
 
 @contextmanager
 def noisy(
-    model:nn.Module,
+    model:nn.Module,     # **changed in place** inside the block
     size:float,          # standard deviation of the noise, in standard deviations of each weight matrix
-    seed:int=0,
+    seed:int=0,          # of the noise
 ) -> Iterator[nn.Module]:
     "The model with gaussian noise on its weight matrices; bit for bit as before on exit."
     matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -100,7 +102,7 @@ def noisy(
 
 def area(
     score:Iterable[float],   # higher: more damage
-    damaged:Iterable[bool],
+    damaged:Iterable[bool],  # the truth, in the same order; NaN comes back unless there are some of both
 ) -> float:                  # 1: all damaged ones above all others; 0.5: no relation
     "Area under the ROC curve: how often a damaged model has the higher score, ties counted half."
     score, damaged = np.asarray(score, float), np.asarray(damaged, bool)

@@ -96,7 +96,7 @@ def estimate_noise(
 
 # %% ../../nbs/09_judge/08_power.ipynb #cell-011
 def plant(
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # of the draws; it moves on
     effect: float,  # true difference, points
     noise: Noise,  # spreads, points
     seeds: int,  # training seeds
@@ -207,8 +207,8 @@ def plan(
 class Measured:
     "What a finished comparison says about its own noise."
 
-    method: str
-    against: str
+    method: str  # label of the method
+    against: str  # what it is compared with
     noise: Noise  # spreads, points
     estimate: Estimate  # mean over transfer sets, points
     rows: int  # in all transfer sets

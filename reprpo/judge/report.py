@@ -25,7 +25,7 @@ from .verdict import Judgement, judge_all
 
 # %% ../../nbs/09_judge/03_report.ipynb #cell-005
 def layout(
-    g: Generalisation,
+    g: Generalisation,  # methods against one reference, points with intervals
 ) -> pd.DataFrame:
     "Text cells with sets as lines: role (named once), set with its mark, reference, methods."
     role = {s: ROLE_NAMES[r] for s, r in zip(g.sets.label, g.sets.role)} | {TRANSFER: "primary"}
@@ -55,7 +55,7 @@ def text_block(
 
 
 def text_table(
-    g: Generalisation,
+    g: Generalisation,  # methods against one reference, points with intervals
     width: int = 100,  # characters a line may have
 ) -> str:
     "The comparison for a terminal: header line, blocks of methods, notes."
@@ -87,7 +87,7 @@ def markdown_report(
 
 # %% ../../nbs/09_judge/03_report.ipynb #cell-017
 def plain(
-    record: dict,
+    record: dict,  # one line of a table, name -> value; not changed
 ) -> dict:
     "The record with infinite and missing numbers as None, as JSON wants it."
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -143,12 +143,12 @@ def plain_page(
 
 
 def judged_tables(
-    judgement: Judgement,
+    judgement: Judgement,  # a whole comparison, from judge_all
 ) -> list[Generalisation]:
     "Its tables at own settings: against base, and against the reference where there is one."
     return [g for g in (judgement.base, judgement.own) if g is not None]
 
-
+# %% ../../nbs/09_judge/03_report.ipynb #cell-024x
 def write_report(
     folder: str | Path,  # where the files go; made if need be
     frame: pd.DataFrame,  # score frame

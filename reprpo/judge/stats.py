@@ -57,7 +57,7 @@ class Estimate:
 def draw_counts(
     k: int,  # things to draw from
     n_boot: int,  # replicates
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # of the draws; it moves on
 ) -> Int[np.ndarray, "n_boot k"]:
     "How often each of k things is drawn when k are drawn with replacement, n_boot times."
     draws = rng.integers(0, k, (n_boot, k)) + k * np.arange(n_boot)[:, None]
@@ -93,7 +93,7 @@ def row_variance(
     values: Float[np.ndarray, "s n"],  # one set
     codes: Int[np.ndarray, " n"],  # resampling unit of each row
     n_boot: int,  # replicates
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # of the draws; it moves on
 ) -> tuple[float, float]:
     "Bootstrap variance of the mean when whole units are resampled, and its degrees of freedom."
     sizes = np.bincount(codes).astype(float)
@@ -116,7 +116,9 @@ def interaction_variance(
     return float(((shares - shares.mean(0)) ** 2).sum() / (loss * (s - 1) * s))
 
 # %% ../../nbs/09_judge/00_stats.ipynb #cell-020
-def check_values(values) -> Float[np.ndarray, "s n"]:
+def check_values(
+    values,  # numbers, seeds × rows; a flat list is one seed's rows
+) -> Float[np.ndarray, "s n"]:
     "The values as a finite matrix of seeds × rows, or a one-line error."
     values = np.atleast_2d(np.asarray(values, dtype=float))
     if values.ndim != 2 or values.shape[1] < 2 or not values.shape[0]:

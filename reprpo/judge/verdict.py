@@ -40,7 +40,7 @@ def decide(
 class Verdict:
     "One method against another, on one footing: the word and its evidence."
 
-    method: str
+    method: str  # label of the method
     against: str  # what it is compared with
     estimate: Estimate  # mean over the transfer sets, points
     p_flip: float  # sign-flip test over seeds, two-sided
@@ -57,11 +57,11 @@ class Verdict:
 
 
 def give_verdict(
-    method: str,
-    against: str,
+    method: str,  # label of the method
+    against: str,  # what it is compared with
     estimate: Estimate,  # points
-    basis: str = "own settings",
-    note: str = "",
+    basis: str = "own settings",  # or "equal KL", "equal in-domain accuracy"
+    note: str = "",  # seeds clamped, runs broken
     margin: float = MARGIN,  # points that count as no difference
 ) -> Verdict:
     "The word for an estimate, with both tests and the minimum detectable effect."
@@ -82,7 +82,7 @@ def keeps(
 
 
 def t_test(
-    estimate: Estimate,
+    estimate: Estimate,  # a mean with its standard error and degrees of freedom
 ) -> float:
     "Two-sided p that the mean is 0, from the t statistic of the crossed interval."
     if not estimate.se:
@@ -106,8 +106,8 @@ class Judgement:
     base: Generalisation  # every method against the base model, scale 1
     metrics: pd.DataFrame  # one line per method (base first) and set, see gains
     own: Generalisation | None = None  # against `against`, at own settings; None: nothing to compare
-    equal_kl: Generalisation | None = None
-    equal_accuracy: Generalisation | None = None
+    equal_kl: Generalisation | None = None  # against `against`, where both moved equally far; None: nothing could be met
+    equal_accuracy: Generalisation | None = None  # against `against`, at equal in-domain accuracy; None: nothing could be met
     verdicts: dict[str, Verdict] = field(default_factory=dict)  # method -> headline
     beside: dict[str, dict[str, Verdict]] = field(default_factory=dict)  # basis -> method -> verdict
     targets: dict[str, dict] = field(default_factory=dict)  # method -> kl, clamped, seeds
@@ -155,7 +155,7 @@ def verdict_text(
 
 
 def sections(
-    j: Judgement,
+    j: Judgement,  # a whole comparison, from judge_all
 ) -> list[tuple[str, pd.DataFrame]]:
     "Titles and text tables, in reading order; empty ones are left out."
     shown = [*j.verdicts.values(), *([j.null] if j.null else [])]
@@ -174,7 +174,7 @@ def sections(
 
 # %% ../../nbs/09_judge/09_verdict.ipynb #cell-024
 def reference_name(
-    methods: list[str],
+    methods: list[str],  # method labels, in the order of the scores
     against: str,  # "dpo" also finds "dpo:beta=0.1"
 ) -> str | None:
     "The method to compare with: that very label, else the first with that name; None if there is none."
@@ -183,7 +183,7 @@ def reference_name(
 
 def split_seeds(
     rows: pd.DataFrame,  # score_rows, base included
-    sets: pd.DataFrame,
+    sets: pd.DataFrame,  # label, role, polarity
     against: str,  # method whose seeds are split
     **options,  # score, seed
 ) -> Verdict | None:
@@ -226,7 +226,7 @@ def limits(
 # %% ../../nbs/09_judge/09_verdict.ipynb #cell-026
 def collect(
     j: dict,  # tables so far: own, equal_kl, equal_accuracy
-    against: str,
+    against: str,  # what they are compared with
     extra: dict[str, dict[str, str]],  # basis -> method -> note
 ) -> dict:
     "Verdicts of every table; the headline is equal KL where there is one, else own settings."

@@ -13,41 +13,50 @@ from torch import Tensor
 from .geometry import Geometry
 
 # %% ../../nbs/06_losses/05_align.ipynb #cell-005
-def pars_rat(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def pars_rat(g: Geometry,       # the pairs of one or several sites
+             lam: float = 1.0,  # not used; taken so that every align is called alike
+            ) -> Float[Tensor, "b"]:
     "Separation gained along d, in reference separations: q/n - 1."
     return g.gain
 
 
-def para_signed(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def para_signed(g: Geometry,       # the pairs of one or several sites
+                lam: float = 1.0,  # not used; taken so that every align is called alike
+               ) -> Float[Tensor, "b"]:
     "Separation along d, in reference separations: q/n. A target is nearer by one than for `pars_rat`."
     return g.ratio
 
 
-def para_signed_log(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def para_signed_log(g: Geometry,       # the pairs of one or several sites
+                    lam: float = 1.0,  # not used; taken so that every align is called alike
+                   ) -> Float[Tensor, "b"]:
     "The same with diminishing returns on both sides of zero, monotone throughout."
     return g.ratio.sign() * torch.log1p(g.ratio.abs())
 
 
-def para_orth_signed(g: Geometry,        # one site's pairs
-                     lam: float = 1.0,   # price of a squared reference length across d
+def para_orth_signed(g: Geometry,       # the pairs of one or several sites
+                     lam: float = 1.0,  # price of a squared reference length across d
                     ) -> Float[Tensor, "b"]:
     "Separation along d, less what went across it; squared, since a length has a kink where training starts."
     return g.ratio - lam * g.drift
 
 # %% ../../nbs/06_losses/05_align.ipynb #cell-007
-def directions(g: Geometry) -> tuple[Float[Tensor, "b h"], Float[Tensor, "b h"]]:
+def directions(g: Geometry,  # the pairs of one or several sites
+              ) -> tuple[Float[Tensor, "b h"], Float[Tensor, "b h"]]:
     "Difference of the two unit vectors: policy, reference."
     unit = lambda x: x / (x.pow(2).sum(-1) + g.eps**2).sqrt()[..., None]
     return unit(g.pi_cho) - unit(g.pi_rej), unit(g.ref_cho) - unit(g.ref_rej)
 
 
-def cross_sim(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def cross_sim(g: Geometry,       # the pairs of one or several sites
+              lam: float = 1.0,  # not used; taken so that every align is called alike
+             ) -> Float[Tensor, "b"]:
     "Each answer nearer in angle to its own reference than to the other's; between -4 and 4."
     policy, reference = directions(g)
     return (policy * reference).sum(-1)
 
 
-def rotate_only(g: Geometry,        # one site's pairs
+def rotate_only(g: Geometry,        # the pairs of one or several sites
                 lam: float = 1.0,   # price of a squared relative change of length
                 eps: float = 1e-4,  # unit-vector separation that counts as none
                ) -> Float[Tensor, "b"]:

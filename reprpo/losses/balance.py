@@ -49,13 +49,16 @@ def given_weight(
 @dataclass(frozen=True)
 class Parts:
     "How large both parts of a loss are on one batch."
-    outer: float        # mean absolute value over the pairs
-    hidden: float
+    outer: float        # mean absolute value over the pairs, of the part on the outputs
+    hidden: float       # the same of the hidden part
     grad_outer: float   # norm of the gradient on the trainable parameters
-    grad_hidden: float
+    grad_hidden: float  # the same of the hidden part
     cosine: float       # between the two gradients; 0 where one has none
 
-    def share(self, weight: float) -> float:
+    def share(
+        self,
+        weight: float,  # of the hidden part
+    ) -> float:
         "The hidden part's share of the gradient norms under a weight; 0 where there is no gradient."
         pull = weight * self.grad_hidden
         return pull / (self.grad_outer + pull) if pull else 0.0
@@ -65,7 +68,7 @@ def measure_parts(
     outer: Float[Tensor, "b"],        # the part on the outputs, of each pair
     hidden: Float[Tensor, "b"],       # the part on the hidden states
     grad_outer: Float[Tensor, "p"],   # gradient of the first one's mean on the trainable parameters, as one vector
-    grad_hidden: Float[Tensor, "p"],
+    grad_hidden: Float[Tensor, "p"],  # of the second one's, in the same order
 ) -> Parts:
     "Sizes of the parts, as plain numbers."
     a, b = grad_outer.double(), grad_hidden.double()
@@ -98,7 +101,10 @@ class Balance:
         if self.strategy not in BALANCES: raise unknown("balance", self.strategy, BALANCES)
         if not 0 < self.share < 1: raise UserError(f"option share={self.share}: must lie between 0 and 1, without them")
 
-    def due(self, step: int) -> bool:
+    def due(
+        self,
+        step: int,  # counted from 1
+    ) -> bool:
         "Is this step, counted from 1, measured?"
         return step <= self.first or step % self.every == 0
 

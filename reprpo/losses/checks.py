@@ -24,7 +24,7 @@ Loss = Callable[[States, States], tuple[Tensor, dict[str, Tensor]]]  # (policy, 
 def random_states(b: int = 4,                               # pairs
                   h: int = 16,                              # width of a state
                   sites: Sequence[str] = ("hs.1", "hs.2"),  # where states were taken
-                  seed: int = 0,
+                  seed: int = 0,                            # of all the numbers
                  ) -> States:
     "Made-up states of a model that answers: a shared part for the prompt, and a smaller part of each answer's own."
     g = torch.Generator().manual_seed(seed)
@@ -38,7 +38,9 @@ def random_states(b: int = 4,                               # pairs
     return States(cho=cho, rej=rej, logp_cho=logp_cho, logp_rej=logp_rej, n_cho=n_cho, n_rej=n_rej, more_cho=more(), more_rej=more())
 
 
-def rotated(states: States, seed: int = 0) -> States:
+def rotated(states: States,  # policy or reference; states with the same sites are turned alike
+            seed: int = 0,   # of the rotations
+           ) -> States:
     "The same states in another orthonormal basis, one random rotation for each site."
     def turn(k, x):
         g = torch.Generator().manual_seed(seed + k)
@@ -62,7 +64,7 @@ def nudged(ref: States,          # where the policy starts
 # %% ../../nbs/06_losses/01_checks.ipynb #cell-007
 def gradient(loss: Loss,           # (policy, reference) -> per pair, terms
              pi: States,           # where to take it
-             ref: States,
+             ref: States,          # the reference; its ‖d‖ are the units
              wrt: str = "hidden",  # hidden: states, times ‖d‖; logp: mean log-probs of a token, nats
             ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b m"]]:
     "The loss of each pair and its unit-free gradient, all sites side by side."
@@ -117,17 +119,21 @@ def nudge_losses(loss: Loss,           # (policy, reference) -> per pair, terms
     return torch.stack([loss(nudged(ref, **{wrt: x}), ref)[0].detach() for x in (-by, 0.0, by)])
 
 
-def is_signed(loss: Loss, ref: States, by: float = 0.1, wrt: str = "hidden") -> bool:
+def is_signed(loss: Loss,           # (policy, reference) -> per pair, terms
+              ref: States,          # the reference
+              by: float = 0.1,      # step: share of d, or nats a token
+              wrt: str = "hidden",  # hidden or logp
+             ) -> bool:
     "Whether every pair's loss falls with a step forward and rises with a step back."
     back, here, forward = nudge_losses(loss, ref, by, wrt)
     return bool(((forward < here) & (here < back)).all())
 
 # %% ../../nbs/06_losses/01_checks.ipynb #cell-d12
-def descend(loss: Loss,           # (policy, reference) -> per pair, terms
-            ref: States,          # where the policy starts
-            steps: int = 100,
-            rate: float = 0.05,   # of a step, in squared reference separations a unit of loss
-           ) -> list[States]:     # the policy before the first step and after each
+def descend(loss: Loss,          # (policy, reference) -> per pair, terms
+            ref: States,         # where the policy starts
+            steps: int = 100,    # how many
+            rate: float = 0.05,  # of a step, in squared reference separations a unit of loss
+           ) -> list[States]:    # the policy before the first step and after each
     "Gradient descent on the states themselves."
     size = {s: (ref.cho[s] - ref.rej[s]).pow(2).sum(-1, keepdim=True) for s in ref.cho}
     path = [ref]
@@ -153,7 +159,7 @@ def made_up() -> tuple[tuple[States, ...], States]: # policies near and far from
 
 def reads_logps(loss: Loss,    # (policy, reference) -> per pair, terms
                 pi: States,    # where to try it
-                ref: States,
+                ref: States,   # the reference
                ) -> set[str]:  # "loss", and names of terms
     "What comes out otherwise where nobody tells the log-probabilities."
     blind = lambda s: replace(s, logp_cho=torch.full_like(s.logp_cho, torch.nan), logp_rej=torch.full_like(s.logp_rej, torch.nan))
@@ -162,7 +168,8 @@ def reads_logps(loss: Loss,    # (policy, reference) -> per pair, terms
     return {k for k, (a, b) in both.items() if not torch.allclose(a, b, rtol=1e-5, atol=0.0, equal_nan=True)}
 
 
-def needs_logps(loss: Loss) -> bool: # (policy, reference) -> per pair, terms
+def needs_logps(loss: Loss,  # (policy, reference) -> per pair, terms
+               ) -> bool:
     "Does the loss of a pair depend on log-probabilities? One that can't be run on made-up states may."
     policies, ref = made_up()
     try: return any("loss" in reads_logps(loss, pi, ref) for pi in policies)

@@ -15,13 +15,15 @@ from .inner import combine, site_mean
 from ..states.pool import States
 
 # %% ../../nbs/06_losses/16_circuit_breaker.ipynb #cell-005
-def cos(g: Geometry) -> Float[Tensor, "b"]:
+def cos(g: Geometry,  # the pairs of one or several sites
+       ) -> Float[Tensor, "b"]:
     "Cosine of a rejected state to its own reference, where positive; lengths are smoothed, so that a state of 0 is no kink."
     length = lambda x: (x.pow(2).sum(-1) + g.eps**2).sqrt()
     return ((g.pi_rej * g.ref_rej).sum(-1) / (length(g.pi_rej) * length(g.ref_rej))).relu()
 
 
-def projection(g: Geometry) -> Float[Tensor, "b"]:
+def projection(g: Geometry,  # the pairs of one or several sites
+              ) -> Float[Tensor, "b"]:
     "Squared share of a rejected state's own reference that is still in it, where positive."
     return ((g.pi_rej * g.ref_rej).sum(-1) / (g.ref_rej.pow(2).sum(-1) + g.eps**2)).relu() ** 2
 

@@ -21,18 +21,27 @@ from .geometry import Geometry
 SHARE = 1e-2 # of n: below it, log_ratio counts a distance as none
 
 
-def quadratic(x: Float[Tensor, "*k b h"], y: Float[Tensor, "*k b h"], g: Geometry) -> Float[Tensor, "*k b"]:
+def quadratic(x: Float[Tensor, "*k b h"],  # the policy's states
+              y: Float[Tensor, "*k b h"],  # their targets
+              g: Geometry,                 # units
+             ) -> Float[Tensor, "*k b"]:
     "The squared distance itself, in squared reference separations."
     return (x - y).pow(2).sum(-1) / g.n**2
 
 
-def huber(x: Float[Tensor, "*k b h"], y: Float[Tensor, "*k b h"], g: Geometry) -> Float[Tensor, "*k b"]:
+def huber(x: Float[Tensor, "*k b h"],  # the policy's states
+          y: Float[Tensor, "*k b h"],  # their targets
+          g: Geometry,                 # units
+         ) -> Float[Tensor, "*k b"]:
     "Quadratic up to one reference separation, straight beyond it (Huber 1964)."
     square = quadratic(x, y, g)
     return torch.where(square <= 1, square, 2 * square.clamp_min(1).sqrt() - 1)
 
 
-def log_ratio(x: Float[Tensor, "*k b h"], y: Float[Tensor, "*k b h"], g: Geometry) -> Float[Tensor, "*k b"]:
+def log_ratio(x: Float[Tensor, "*k b h"],  # the policy's states
+              y: Float[Tensor, "*k b h"],  # their targets
+              g: Geometry,                 # units
+             ) -> Float[Tensor, "*k b"]:
     "Logarithm of the distance in reference separations; a well at 0. For reproduction only."
     square = quadratic(x, y, g)
     far = torch.where(square > 0, square, 1).sqrt() * (square > 0)
@@ -70,7 +79,10 @@ def polar(x: Float[Tensor, "*k b h"],  # the policy's states
     return (turning * long_y**2 * chord + (1 - turning) * (long_x - long_y) ** 2) / g.n**2
 
 # %% ../../nbs/06_losses/07_distances.ipynb #cell-011
-def symlog(x: Float[Tensor, "*k b h"], y: Float[Tensor, "*k b h"], g: Geometry) -> Float[Tensor, "*k b"]:
+def symlog(x: Float[Tensor, "*k b h"],  # the policy's states
+           y: Float[Tensor, "*k b h"],  # their targets
+           g: Geometry,                 # units
+          ) -> Float[Tensor, "*k b"]:
     "Mean squared difference of signed logarithms, in units of a coordinate's typical difference."
     s = (g.n / x.shape[-1] ** 0.5)[..., None]
     bent = lambda z: torch.where(z >= 0, torch.log1p(z.clamp_min(0) / s), -torch.log1p((-z).clamp_min(0) / s))
@@ -81,14 +93,19 @@ LEAST = 3 # pairs that cka needs: any two Gram matrices of two centred states ar
 NONE = 1e-8 # squared entries of a Gram matrix of trace 1 that count as none
 
 
-def gram(x: Float[Tensor, "*k b h"], g: Geometry) -> Float[Tensor, "*k b b"]:
+def gram(x: Float[Tensor, "*k b h"],  # states of a batch
+         g: Geometry,                 # its eps say which spread counts as none
+        ) -> Float[Tensor, "*k b b"]:
     "Inner products of a batch's states less their mean, of trace 1."
     centred = x - x.mean(-2, keepdim=True)
     size = centred.pow(2).sum((-2, -1)) + g.eps.pow(2).sum(-1)
     return centred @ centred.mT / size[..., None, None]
 
 
-def cka(x: Float[Tensor, "*k b h"], y: Float[Tensor, "*k b h"], g: Geometry) -> Float[Tensor, "*k b"]:
+def cka(x: Float[Tensor, "*k b h"],  # the policy's states
+        y: Float[Tensor, "*k b h"],  # their targets
+        g: Geometry,                 # its eps say which spread counts as none
+       ) -> Float[Tensor, "*k b"]:
     "Each pair's share of one minus the linear CKA of the batch (Kornblith et al. 2019); the mean over the batch is the whole."
     b = x.shape[-2]
     if b < LEAST: raise UserError(f"distance=cka compares the pairs of a micro-batch and got {b}: it needs at least {LEAST}; raise micro_batch")

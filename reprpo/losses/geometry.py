@@ -20,14 +20,14 @@ from ..states.pool import States
 @dataclass(frozen=True)
 class Geometry:
     "Pairs split along and across the reference direction, at one site or, with a dimension of sites in front, at several; reference quantities are constants."
-    pi_cho: Float[Tensor, "b h"]
-    pi_rej: Float[Tensor, "b h"]
-    ref_cho: Float[Tensor, "b h"]
-    ref_rej: Float[Tensor, "b h"]
-    d: Float[Tensor, "b h"]     # reference difference
-    d_pi: Float[Tensor, "b h"]  # policy difference
-    n: Float[Tensor, "b"]       # length of d, smoothed so that it is never 0
-    eps: Float[Tensor, "b"]     # what counts as no length at all, in the units of the states
+    pi_cho: Float[Tensor, "b h"]   # the policy's states of the chosen answers, with their gradient
+    pi_rej: Float[Tensor, "b h"]   # and of the rejected ones
+    ref_cho: Float[Tensor, "b h"]  # the reference's states of the chosen answers
+    ref_rej: Float[Tensor, "b h"]  # and of the rejected ones
+    d: Float[Tensor, "b h"]        # reference difference
+    d_pi: Float[Tensor, "b h"]     # policy difference
+    n: Float[Tensor, "b"]          # length of d, smoothed so that it is never 0
+    eps: Float[Tensor, "b"]        # what counts as no length at all, in the units of the states
 
     @property
     def u(self) -> Float[Tensor, "b h"]: return self.d / self.n[..., None]
@@ -66,7 +66,10 @@ def geometries(pi: States,         # the policy, carries the gradient
     return [_split(*(stack(side, sites) for side in (pi.cho, pi.rej, ref.cho, ref.rej)), eps) for sites in by_width.values()]
 
 
-def check_pooled(pi: States, ref: States, site: str) -> int:
+def check_pooled(pi: States,   # the policy
+                 ref: States,  # the reference
+                 site: str,    # where the states were taken
+                ) -> int:
     "The width of a site's states; refuse any that are not one vector for each answer."
     shapes = [tuple(side[site].shape) for side in (pi.cho, pi.rej, ref.cho, ref.rej)]
     if len(set(shapes)) > 1 or len(shapes[0]) != 2:
@@ -84,7 +87,9 @@ def _split(pc: Float[Tensor, "*k b h"], pr: Float[Tensor, "*k b h"], rc: Float[T
     return Geometry(pc, pr, rc, rr, d, pc - pr, n, small)
 
 
-def check_sites(pi: States, ref: States) -> list[str]:
+def check_sites(pi: States,     # the policy
+                ref: States,    # the reference
+               ) -> list[str]:  # in the policy's order
     "The sites that policy and reference share; refuse none, or different ones."
     if not pi.cho:
         raise UserError("this loss needs hidden states and got none: name the method hs-… or side-…, "

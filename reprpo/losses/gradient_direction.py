@@ -29,9 +29,9 @@ class Uphill:
     length: Float[Tensor, "b"]    # of both as one vector, smoothed so that it is never 0
 
 
-def uphill(ref: States,   # the reference, with gradient.SITE of each answer
-           g: Geometry,   # the site's pairs
-           site: str,
+def uphill(ref: States,  # the reference, with gradient.SITE of each answer
+           g: Geometry,  # the site's pairs
+           site: str,    # where the states were taken
           ) -> Uphill:
     "The reference's gradients at one site; refuse none, and those of states of another shape."
     name = f"gradient.{site}"

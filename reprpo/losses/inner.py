@@ -54,7 +54,8 @@ def combine(pi: States,                    # the policy
     return loss_out + alpha * loss_in, {"outer": loss_out, **terms, "margin": out_terms["margin"]}
 
 # %% ../../nbs/06_losses/06_inner.ipynb #cell-w02
-def weight_along(g: Geometry) -> Float[Tensor, "b"]:
+def weight_along(g: Geometry,  # the pairs of one or several sites
+                ) -> Float[Tensor, "b"]:
     "How much a site counts by where the policy's difference lies: 1 mostly along d, towards 0 mostly across it; a constant."
     along, across = g.q.detach().abs(), g.ort.detach().pow(2).sum(-1).sqrt()
     p = along / (along + across + g.eps)
@@ -105,7 +106,8 @@ def inner(pi: States,                   # the policy
 inner.reads = lambda options: ("moved",) if options["token"] else ()
 
 
-def site_mean(values: Iterable[Float[Tensor, "*k b"]]) -> Float[Tensor, "b"]:
+def site_mean(values: Iterable[Float[Tensor, "*k b"]],  # of one site (b) or of several (k b); every site counts alike
+             ) -> Float[Tensor, "b"]:
     "The mean over sites of one number a pair; sites come singly or several in front."
     return torch.cat([x.reshape(-1, x.shape[-1]) for x in values]).mean(0)
 

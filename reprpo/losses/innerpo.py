@@ -23,9 +23,9 @@ FORMS = { # curve -> (of the scaled gain, of the drift)
     "bounded": (lambda s: 1 - s / (1 + s.abs()), lambda drift: drift / (1 + drift))}
 
 
-def along_across(g: Geometry,    # one site's pairs
-                 form: str,      # a name in FORMS
-                 beta_in: float, # how sharply a gain counts
+def along_across(g: Geometry,     # the pairs of one or several sites
+                 form: str,       # a name in FORMS
+                 beta_in: float,  # how sharply a gain counts
                 ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
     "What is asked of one site along the reference direction, and what is charged across it."
     curve, price = FORMS[form]

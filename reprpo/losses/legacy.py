@@ -25,168 +25,229 @@ from .geometry import Geometry
 EPS = 1e-4 # added where they added it, in the units of the states
 
 
-def size(x: Float[Tensor, "b h"], p: float = 2) -> Float[Tensor, "b"]:
+def size(x: Float[Tensor, "b h"],  # vectors, perhaps with a dimension of sites in front
+         p: float = 2,             # which norm: 2 the length, 1 the sum of absolute values
+        ) -> Float[Tensor, "b"]:
     "The p-norm of each row."
     return torch.linalg.vector_norm(x, ord=p, dim=-1)
 
 
-def slog(x: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
+def slog(x: Float[Tensor, "b"],  # in the units of the states
+        ) -> Float[Tensor, "b"]:
     "sign(x) log max(|x|, ε), which is not monotone: it jumps at 0 and falls through 1."
     return x.sign() * x.abs().clamp_min(EPS).log()
 
 
-def para_signed_raw(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def para_signed_raw(g: Geometry,       # the pairs of one or several sites
+                    lam: float = 1.0,  # not used; taken so that every align is called alike
+                   ) -> Float[Tensor, "b"]:
     "q; in the units of the states, so that beta and alpha mean something else at every layer: take para_signed"
     return g.q
 
 
-def direct_projection(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def direct_projection(g: Geometry,       # the pairs of one or several sites
+                      lam: float = 1.0,  # not used; taken so that every align is called alike
+                     ) -> Float[Tensor, "b"]:
     "‖u ⊙ d_π‖₁; the length of an elementwise product is not a projection: it is never below |q|, pays for a flip, and depends on the basis"
     return size(g.u * g.d_pi, 1)
 
 
-def direct_projection_ln(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def direct_projection_ln(g: Geometry,       # the pairs of one or several sites
+                         lam: float = 1.0,  # not used; taken so that every align is called alike
+                        ) -> Float[Tensor, "b"]:
     "log(‖u ⊙ d_π‖₁ + ε); as direct_projection, and without a floor as the separation goes to 0"
     return (size(g.u * g.d_pi, 1) + EPS).log()
 
 
-def direct_projection_log(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def direct_projection_log(g: Geometry,       # the pairs of one or several sites
+                          lam: float = 1.0,  # not used; taken so that every align is called alike
+                         ) -> Float[Tensor, "b"]:
     "log(1 + ‖u ⊙ d_π‖₁ + ε); as direct_projection"
     return torch.log1p(size(g.u * g.d_pi, 1) + EPS)
 
-
-def para(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+# %% ../../nbs/06_losses/12_legacy_align.ipynb #cell-006b
+def para(g: Geometry,       # the pairs of one or several sites
+         lam: float = 1.0,  # not used; taken so that every align is called alike
+        ) -> Float[Tensor, "b"]:
     "log(P₁ + ε); pays for a flip, and has no floor as the separation goes to 0"
     return (size(g.par, 1) + EPS).log()
 
 
-def para_signed_sum(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def para_signed_sum(g: Geometry,       # the pairs of one or several sites
+                    lam: float = 1.0,  # not used; taken so that every align is called alike
+                   ) -> Float[Tensor, "b"]:
     "slog(Σⱼ parⱼ + ε); sums a vector over the coordinates of the state, so that its sign in each pair is chance"
     return slog(g.par.sum(-1) + EPS)
 
 
-def para_signed_log_v0(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def para_signed_log_v0(g: Geometry,       # the pairs of one or several sites
+                       lam: float = 1.0,  # not used; taken so that every align is called alike
+                      ) -> Float[Tensor, "b"]:
     "slog(q); not monotone: the log of a length below 1 is negative and its sign turns that round, so that a flip can score above the start"
     return slog(g.q)
 
 # %% ../../nbs/06_losses/12_legacy_align.ipynb #cell-008
-def odds(par: Float[Tensor, "b h"], ort: Float[Tensor, "b h"]) -> Float[Tensor, "b"]:
+def odds(par: Float[Tensor, "b h"],  # the part along d, in the units of the states
+         ort: Float[Tensor, "b h"],  # the part across it
+        ) -> Float[Tensor, "b"]:
     "Log of the length along over the length across."
     return (size(par) + EPS).log() - (size(ort) + EPS).log()
 
 
-def reference_parts(g: Geometry) -> tuple[Float[Tensor, "b h"], Float[Tensor, "b h"]]:
+def reference_parts(g: Geometry,  # the pairs of one or several sites
+                   ) -> tuple[Float[Tensor, "b h"], Float[Tensor, "b h"]]:
     "The reference's own difference along and across itself: all of it, and rounding error."
     along = (g.u * g.d).sum(-1, keepdim=True) * g.u
     return along, g.d - along
 
 
-def para_orth(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def para_orth(g: Geometry,       # the pairs of one or several sites
+              lam: float = 1.0,  # not used; taken so that every align is called alike
+             ) -> Float[Tensor, "b"]:
     "(log P − log O) − (log P_ref − log O_ref); O and O_ref are rounding error at the start, and P pays for a flip"
     return odds(g.par, g.ort) - odds(*reference_parts(g))
 
 
-def para_orth2(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def para_orth2(g: Geometry,       # the pairs of one or several sites
+               lam: float = 1.0,  # not used; taken so that every align is called alike
+              ) -> Float[Tensor, "b"]:
     "(P₁ − P₁ref) − (O₁ − O₁ref); the kink of O₁ at the start outweighs what P teaches, and P pays for a flip"
     along, across = reference_parts(g)
     return (size(g.par, 1) - size(along, 1)) - (size(g.ort, 1) - size(across, 1))
 
-
-def parrel_orthogonal(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+# %% ../../nbs/06_losses/12_legacy_align.ipynb #cell-008b
+def parrel_orthogonal(g: Geometry,       # the pairs of one or several sites
+                      lam: float = 1.0,  # not used; taken so that every align is called alike
+                     ) -> Float[Tensor, "b"]:
     "log(P + ε) − log(O + ε); starts satisfied, with amplified rounding error for a gradient"
     return odds(g.par, g.ort)
 
 
-def logodds_noref(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def logodds_noref(g: Geometry,       # the pairs of one or several sites
+                  lam: float = 1.0,  # not used; taken so that every align is called alike
+                 ) -> Float[Tensor, "b"]:
     "10 (log(P + ε) − log(O + ε)); ten times parrel_orthogonal"
     return 10 * odds(g.par, g.ort)
 
 
-def odds_noref(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def odds_noref(g: Geometry,       # the pairs of one or several sites
+               lam: float = 1.0,  # not used; taken so that every align is called alike
+              ) -> Float[Tensor, "b"]:
     "P − O; O has a kink where training starts, and P pays for a flip"
     return size(g.par) - size(g.ort)
 
 
-def orth(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def orth(g: Geometry,       # the pairs of one or several sites
+         lam: float = 1.0,  # not used; taken so that every align is called alike
+        ) -> Float[Tensor, "b"]:
     "−log(O + ε); holds back drift and teaches nothing, with a pole where training starts"
     return -(size(g.ort) + EPS).log()
 
 # %% ../../nbs/06_losses/12_legacy_align.ipynb #cell-009
-def para_orth_signed_v0(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def para_orth_signed_v0(g: Geometry,       # the pairs of one or several sites
+                        lam: float = 1.0,  # not used; taken so that every align is called alike
+                       ) -> Float[Tensor, "b"]:
     "q − log(O + ε); the pole of log O at the start drowns q: take para_orth_signed"
     return g.q - (size(g.ort) + EPS).log()
 
 
-def para_orth_signed_v1(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def para_orth_signed_v1(g: Geometry,       # the pairs of one or several sites
+                        lam: float = 1.0,  # not used; taken so that every align is called alike
+                       ) -> Float[Tensor, "b"]:
     "q − O; half of its gradient at the start is the kink of O: take para_orth_signed"
     return g.q - size(g.ort)
 
 
-def para_orth_signed_log(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def para_orth_signed_log(g: Geometry,       # the pairs of one or several sites
+                         lam: float = 1.0,  # not used; taken so that every align is called alike
+                        ) -> Float[Tensor, "b"]:
     "slog(q) − log(O + ε); a pole at the start, and slog is not monotone"
     return slog(g.q) - (size(g.ort) + EPS).log()
 
 
-def stabilized_ratio(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def stabilized_ratio(g: Geometry,       # the pairs of one or several sites
+                     lam: float = 1.0,  # not used; taken so that every align is called alike
+                    ) -> Float[Tensor, "b"]:
     "P / max(O, mean of O over the batch / 10, ε); huge at the start, and one pair's number depends on the others of its batch"
     across = size(g.ort)
     return size(g.par) / torch.maximum(across, 0.1 * across.mean(-1, keepdim=True)).clamp_min(EPS)
 
 # %% ../../nbs/06_losses/12_legacy_align.ipynb #cell-011
-def own_cosines(g: Geometry) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+def own_cosines(g: Geometry,  # the pairs of one or several sites
+               ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
     "Of each answer's state with its own reference: chosen, rejected."
     return torch.cosine_similarity(g.pi_cho, g.ref_cho, dim=-1), torch.cosine_similarity(g.pi_rej, g.ref_rej, dim=-1)
 
 
-def cosine_similarity(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def cosine_similarity(g: Geometry,       # the pairs of one or several sites
+                      lam: float = 1.0,  # not used; taken so that every align is called alike
+                     ) -> Float[Tensor, "b"]:
     "atanh(|cos(d_π, d)| − ε); level at the start and steep beside it, pays for a flip, and infinite in half precision"
     return torch.atanh(torch.cosine_similarity(g.d_pi, g.d, dim=-1).abs() - EPS)
 
 
-def angle_mag(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def angle_mag(g: Geometry,       # the pairs of one or several sites
+              lam: float = 1.0,  # not used; taken so that every align is called alike
+             ) -> Float[Tensor, "b"]:
     "clamp(‖d‖, 0.1, 2) · atanh(|cos(d_π, d)| − ε); as cosine_similarity, weighed by a length in the units of the states"
     return size(g.d).clamp(0.1, 2) * cosine_similarity(g)
 
 
-def angle_mag_inverse(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def angle_mag_inverse(g: Geometry,       # the pairs of one or several sites
+                      lam: float = 1.0,  # not used; taken so that every align is called alike
+                     ) -> Float[Tensor, "b"]:
     "atanh(|cos(d_π, d)| − ε) / clamp(‖d‖, 0.1, 2); as angle_mag, with pairs that are far apart counted less"
     return cosine_similarity(g) / size(g.d).clamp(0.1, 2)
 
-
-def cosine_policy_margin(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+# %% ../../nbs/06_losses/12_legacy_align.ipynb #cell-011b
+def cosine_policy_margin(g: Geometry,       # the pairs of one or several sites
+                         lam: float = 1.0,  # not used; taken so that every align is called alike
+                        ) -> Float[Tensor, "b"]:
     "cos(π cho, π rej) − cos(ref cho, ref rej); the sign is reversed: it rises as the two answers become alike"
     return torch.cosine_similarity(g.pi_cho, g.pi_rej, dim=-1) - torch.cosine_similarity(g.ref_cho, g.ref_rej, dim=-1)
 
 
-def cosine_cross_model(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def cosine_cross_model(g: Geometry,       # the pairs of one or several sites
+                       lam: float = 1.0,  # not used; taken so that every align is called alike
+                      ) -> Float[Tensor, "b"]:
     "cc − rr; no slope at the start, and then it turns the rejected state away from its reference in any direction"
     cho, rej = own_cosines(g)
     return cho - rej
 
 
-def log_ratio(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def log_ratio(g: Geometry,       # the pairs of one or several sites
+              lam: float = 1.0,  # not used; taken so that every align is called alike
+             ) -> Float[Tensor, "b"]:
     "log|cc| − log|rr|; as cosine_cross_model: stable, because it separates nothing"
     cho, rej = own_cosines(g)
     return cho.abs().log() - rej.abs().log()
 
 
-def absolute(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def absolute(g: Geometry,       # the pairs of one or several sites
+             lam: float = 1.0,  # not used; taken so that every align is called alike
+            ) -> Float[Tensor, "b"]:
     "||cc| − |rr||; no slope at the start, and then it pays for either answer leaving its reference"
     cho, rej = own_cosines(g)
     return (cho.abs() - rej.abs()).abs()
 
 # %% ../../nbs/06_losses/12_legacy_align.ipynb #cell-013
-def pars_rat_log(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def pars_rat_log(g: Geometry,       # the pairs of one or several sites
+                 lam: float = 1.0,  # not used; taken so that every align is called alike
+                ) -> Float[Tensor, "b"]:
     "10 (log(q + ε) − log(‖d‖ + ε)); NaN as soon as a pair has turned round: take para_signed_log"
     return 10 * ((g.q + EPS).log() - (size(g.d) + EPS).log())
 
 
-def pars_ratref(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def pars_ratref(g: Geometry,       # the pairs of one or several sites
+                lam: float = 1.0,  # not used; taken so that every align is called alike
+               ) -> Float[Tensor, "b"]:
     "q / (‖D‖ + ε); divides by the norm of the whole batch, so that one pair's number depends on the others and on how many they are: take pars_rat"
     return g.q / (torch.linalg.matrix_norm(g.d)[..., None] + EPS)
 
 
-def pars_ratref_log(g: Geometry, lam: float = 1.0) -> Float[Tensor, "b"]:
+def pars_ratref_log(g: Geometry,       # the pairs of one or several sites
+                    lam: float = 1.0,  # not used; taken so that every align is called alike
+                   ) -> Float[Tensor, "b"]:
     "10 (log(q + ε) − log(‖D‖ + ε)); as pars_ratref, and NaN as soon as a pair has turned round"
     return 10 * ((g.q + EPS).log() - (torch.linalg.matrix_norm(g.d)[..., None] + EPS).log())
 

@@ -19,9 +19,9 @@ from ..states.pool import States
 SIDES = {"together": (1, 1), "chosen": (1, None), "apart": (1, -1)} # which way along d: chosen, rejected; None: not asked
 
 
-def from_target(g: Geometry,   # one site's pairs
-                side: str,     # cho or rej
-                step: float,   # from the reference to the target, in d
+def from_target(g: Geometry,  # the pairs of one or several sites
+                side: str,    # cho or rej
+                step: float,  # from the reference to the target, in d
                ) -> Float[Tensor, "b"]:
     "Squared distance of one answer's state from its target, in squared reference separations."
     pi, ref = (g.pi_cho, g.ref_cho) if side == "cho" else (g.pi_rej, g.ref_rej)

@@ -13,7 +13,9 @@ from ..errors import UserError
 from ..states.pool import States
 
 # %% ../../nbs/06_losses/00_margin.ipynb #cell-005
-def check_pairs(pi: States, ref: States) -> None:
+def check_pairs(pi: States,   # the policy
+                ref: States,  # the reference
+               ) -> None:
     "Refuse log-probabilities that are not one number for each pair: (b) against (b t) would broadcast in silence."
     names = ("logp_cho", "logp_rej", "n_cho", "n_rej")
     shapes = {f"{who}.{x}": tuple(getattr(s, x).shape) for who, s in (("pi", pi), ("ref", ref)) for x in names}
@@ -22,12 +24,15 @@ def check_pairs(pi: States, ref: States) -> None:
                         f"got {shapes}: sum over tokens first", gotcha="silent-broadcast")
 
 
-def positive(name: str, value: float) -> None:
+def positive(name: str,     # of the option, for the message
+             value: float,  # given; must be above 0, so that NaN is refused, too
+            ) -> None:
     "Refuse a temperature that is not above 0."
     if not value > 0: raise UserError(f"option {name}={value}: must be above 0")
 
 # %% ../../nbs/06_losses/00_margin.ipynb #cell-007
-def mean_logps(states: States) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+def mean_logps(states: States,  # policy or reference
+              ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
     "Mean log-probability of a token, nats: chosen, rejected."
     return states.logp_cho.float() / states.n_cho.float(), states.logp_rej.float() / states.n_rej.float()
 

@@ -26,17 +26,20 @@ from ..states.pool import States
 MARGIN = 1.0 # reference separations asked for beyond the reference's own, where the form names none
 
 
-def forward(g: Geometry) -> Float[Tensor, "b"]:
+def forward(g: Geometry,  # the pairs of one or several sites
+           ) -> Float[Tensor, "b"]:
     "Length of the policy's difference along d, in reference separations."
     return g.ratio
 
 
-def either(g: Geometry) -> Float[Tensor, "b"]:
+def either(g: Geometry,  # the pairs of one or several sites
+          ) -> Float[Tensor, "b"]:
     "The same in either direction, smoothed, so that it has no kink between them."
     return (g.q.pow(2) + g.eps**2).sqrt() / g.n
 
 
-def both(g: Geometry) -> Float[Tensor, "b"]:
+def both(g: Geometry,  # the pairs of one or several sites
+        ) -> Float[Tensor, "b"]:
     "One, and what both answers have moved along d, on average, in reference separations."
     return 1 + (g.u * (g.pi_cho - g.ref_cho + g.pi_rej - g.ref_rej)).sum(-1) / (2 * g.n)
 
@@ -66,8 +69,8 @@ def read_form(text: str, # a name in FORMS, or one with a margin in brackets: hi
     return replace(FORMS[name], margin=margin)
 
 # %% ../../nbs/06_losses/08_prefvec.ipynb #cell-05b
-def site_terms(g: Geometry,   # one site's pairs
-               form: Form,    # what proj counts
+def site_terms(g: Geometry,  # the pairs of one or several sites
+               form: Form,   # what proj counts
               ) -> dict[str, Float[Tensor, "b"]]:
     "What is asked of one site; lengths are smoothed, so that none has a kink at 0."
     length, target = (g.d_pi.pow(2).sum(-1) + g.eps**2).sqrt(), 1 + form.margin

@@ -33,7 +33,7 @@ def log_shares(x: Float[Tensor, "*k b h"],  # states
 
 
 def divergence(x: Float[Tensor, "*k b h"],  # logarithms of shares
-               y: Float[Tensor, "*k b h"],
+               y: Float[Tensor, "*k b h"],  # those it is measured against
               ) -> Float[Tensor, "*k b"]:
     "KL of x from y, nats."
     return (x.exp() * (x - y)).sum(-1)

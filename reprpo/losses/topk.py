@@ -47,7 +47,9 @@ def to_target(gain: Float[Tensor, "*k b"],  # rho - 1
     return short**2 + F.relu(-gain) + 2 * F.relu(-short)
 
 # %% ../../nbs/06_losses/14_topk.ipynb #cell-006
-def check_top(top: float, target: float) -> None:
+def check_top(top: float,     # share of the coordinates, 0 (one of them) to 0.25
+              target: float,  # of rho, above 1
+             ) -> None:
     "Refuse a share that keeps too much, and a target that has been reached before training."
     if not 0 <= top <= 0.25: raise UserError(f"option top={top}: a share of the coordinates from 0 (one) to 0.25; for all of them use the inner loss")
     if not target > 1: raise UserError(f"option target={target}: must be above 1, where training starts; 2 asks for twice the reference's separation")

@@ -17,7 +17,7 @@ from .margin import positive
 from ..states.pool import States
 
 # %% ../../nbs/06_losses/15_triplet.ipynb #cell-005
-def distances(g: Geometry,   # one site's pairs
+def distances(g: Geometry,   # the pairs of one or several sites
               reach: float,  # how far beyond the chosen reference the goal lies, in reference separations
              ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
     "Squared, in reference separations: the chosen state from its goal, the rejected state from the chosen reference."

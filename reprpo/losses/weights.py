@@ -52,7 +52,8 @@ def mallows(ref: States,  # the reference, with entropy of each answer
 WEIGHTS = {"wpo": wpo, "mallows": mallows} # name -> function of the policy, of the reference
 
 # %% ../../nbs/06_losses/19_weights.ipynb #cell-009
-def only_ratios(loss: Loss) -> bool: # (policy, reference) -> per pair, terms
+def only_ratios(loss: Loss,  # (policy, reference) -> per pair, terms
+               ) -> bool:
     "Does a loss, of all log-probabilities, read only what policy and reference differ by?"
     (_, *policies), ref = made_up()
     later = lambda s: replace(s, logp_cho=s.logp_cho - 5, logp_rej=s.logp_rej - 11)

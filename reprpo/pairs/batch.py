@@ -24,7 +24,7 @@ from .tokenize import TokenPair, TokenSet
 def block_mask(
     block:Int[Tensor, "r t"],     # 0 padding, 1 prompt, 2 chosen, 3 rejected
     pair:Int[Tensor, "r t"],      # pair in the batch, -1 padding
-    dtype:torch.dtype=torch.float32,
+    dtype:torch.dtype=torch.float32, # of the mask; give the model's
 ) -> Float[Tensor, "r 1 t t"]:    # 0 where the token of a row of the mask may look, else the least number of dtype
     "Additive attention mask of rows that hold several branches; padding looks at padding only."
     t = block.shape[1]
@@ -37,6 +37,7 @@ def block_mask(
 # %% ../../nbs/02_pairs/03_batch.ipynb #cell-008
 LAYOUTS = ("concat", "shared", "packed")
 
+# %% ../../nbs/02_pairs/03_batch.ipynb #cell-009x
 @dataclass(frozen=True, eq=False)
 class PairBatch:
     "Rows of tokens, and where in them the scored tokens of each answer sit."
@@ -66,11 +67,16 @@ class PairBatch:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
-    def from_dict(cls, tensors:dict[str, Tensor]) -> "PairBatch":
+    def from_dict(cls,
+        tensors:dict[str, Tensor],  # a tensor for every field, by its name; others may be there
+    ) -> "PairBatch":
         "The inverse of `as_dict`; other names are left out."
         return cls(**{f.name: tensors[f.name] for f in fields(cls)})
 
-    def to(self, device, non_blocking:bool=False) -> "PairBatch":
+    def to(self,
+        device,                   # a torch.device, or its name
+        non_blocking:bool=False,  # don't wait for the copy; of use from page-locked memory only
+    ) -> "PairBatch":
         "The batch on another device."
         return PairBatch(**{k: v.to(device, non_blocking=non_blocking) for k, v in self.as_dict().items()})
 
@@ -106,7 +112,9 @@ class PairBatch:
         "What the model needs to be told about who may look at whom; a causal model works the rest out itself."
         return (self.block > 0).long() if self.layout == "concat" else block_mask(self.block, self.pair, dtype)
 
-    def model_inputs(self, dtype:torch.dtype=torch.float32) -> dict[str, Tensor]:
+    def model_inputs(self,
+        dtype:torch.dtype=torch.float32,  # of an additive mask; give the model's
+    ) -> dict[str, Tensor]:
         "The arguments of a causal language model's forward."
         return dict(input_ids=self.ids, attention_mask=self.attention_mask(dtype), position_ids=self.positions)
 
@@ -137,10 +145,10 @@ def pack(
     return min((spread(lengths, r) for r in range(1, len(lengths) + 1)), key=lambda placed: _weight(placed, even))
 
 def cost(
-    token_pairs:list[TokenPair],
-    layout:str,          # as in `collate`
-    even:float=EVEN,       # as in `pack`
-) -> float:              # cells, each weighted by its row's attention; causal rows attend to half of themselves
+    token_pairs:list[TokenPair],  # the pairs of the batch
+    layout:str,                   # as in `collate`
+    even:float=EVEN,              # as in `pack`
+) -> float:                       # cells, each weighted by its row's attention; causal rows attend to half of themselves
     "What one batch costs in a layout, to compare layouts by."
     n, whole = len(token_pairs), [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in token_pairs]
     if layout == "concat": return 2 * n * (t := max(p.longest for p in token_pairs)) * (1 + t / (2*even))
@@ -194,7 +202,7 @@ def collate(
 
 # %% ../../nbs/02_pairs/03_batch.ipynb #cell-013
 def batches(
-    token_set:TokenSet,
+    token_set:TokenSet,        # all of its pairs are taken; a list of TokenPairs will do
     batch_size:int,            # pairs
     layout:str="concat",       # as in `collate`
     pad_id:int=0,              # id to fill with

@@ -13,7 +13,9 @@ ROLES = ("system", "user", "assistant")
 _OTHER = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
 _TOOLS = ("tool_calls", "function_call", "tool_call_id")
 
-def is_messages(value) -> bool:
+def is_messages(
+    value,  # anything; a list, a tuple or an array of one dimension counts
+) -> bool:
     "Whether a value is a list, as chat messages are, rather than text."
     return isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1
 

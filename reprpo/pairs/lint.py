@@ -43,7 +43,7 @@ class Finding:
 class Lint:
     "What was looked at and what was found."
     facts: tuple[tuple[str, str], ...]        # (label of the set, what it is in one line)
-    findings: tuple[Finding, ...]
+    findings: tuple[Finding, ...]             # on all sets, in the order in which they were made
 
     @property
     def ok(self) -> bool: return not any(f.level == "fail" for f in self.findings)
@@ -153,6 +153,7 @@ def swap_null(
     swaps = (rng.random(len(a)) < .5 for _ in range(draws))
     return np.array([statistic(np.where(s, b, a), np.where(s, a, b)) for s in swaps])
 
+# %% ../../nbs/02_pairs/06_lint.ipynb #cell-012x
 @dataclass(frozen=True)
 class Cue:
     "How far one cue alone tells the chosen answer."
@@ -178,12 +179,14 @@ def length_cue(
     low, high = np.percentile(swap_null(auroc, cho, rej), [2.5, 97.5]) if len(cho) else (.5, .5)
     return Cue(longer/max(unequal, 1), wilson(longer, unequal), unequal, auroc=auroc(cho, rej) if len(cho) else .5, null=(float(low), float(high)))
 
-def first_word(text:str) -> str:
+def first_word(
+    text:str,  # an answer that is more than white space
+) -> str:      # 20 characters at most
     "The first word of an answer, with the punctuation on it."
     return text.split(None, 1)[0][:20]
 
 def word_cue(
-    pairs:PairSet,
+    pairs:PairSet, # at least one row
 ) -> Cue:
     "What the best single first word alone tells."
     known = {}
@@ -229,6 +232,7 @@ def _check_cues(pairs:PairSet, length:Cue, word:Cue) -> Iterator[Finding]:
                       f"preferring {rule} is right in {_percent(word.accuracy)} of rows (the best word by chance: {_percent(word.interval[1])})",
                       "judge on a set in which that word is on the other side too")
 
+# %% ../../nbs/02_pairs/06_lint.ipynb #cell-017x
 def _check_marks(pairs:PairSet, special:tuple[str, ...]) -> Iterator[Finding]:
     marks, found, headed = [MARKS, *(re.compile(re.escape(s)) for s in special if s.strip())], defaultdict(list), []
     for p in pairs:

@@ -15,7 +15,7 @@ from ..errors import UserError
 
 # %% ../../nbs/02_pairs/02_literal.ipynb #c06
 def special_tokens(
-    tokenizer,
+    tokenizer, # a Hugging Face tokenizer
 ) -> dict[str, int]: # id of each by its name
     "The special tokens that nobody's text may produce."
     known = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -24,14 +24,14 @@ def special_tokens(
 
 @lru_cache
 def names_pattern(
-    names:tuple[str, ...],
+    names:tuple[str, ...], # any texts, in any order
 ) -> re.Pattern: # matches any of them, the longest first; nothing where there are none
     "A pattern that finds names in a text."
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
 def find_special(
-    text:str,
-    tokenizer,
+    text:str,  # any text
+    tokenizer, # a Hugging Face tokenizer
 ) -> list[str]: # as often as they occur
     "The names of special tokens in a text."
     return names_pattern(tuple(special_tokens(tokenizer))).findall(text)
@@ -43,7 +43,7 @@ OWN = ("template", "tail", "end")       # roles of a template's own text
 @dataclass(frozen=True)
 class Encoded:
     "The tokens of a row."
-    ids: list[int]
+    ids: list[int]           # of the whole row, read as one text
     first: int               # the first token that holds text of the answer; all of them where there is none
     straddles: bool          # whether that token holds text before the answer too
     fixed: tuple[int, ...]   # tokens before it that hold nothing of the row's turns: the template's, and a system text
@@ -77,7 +77,7 @@ def _rename(text:str, names:dict[str, int]) -> str:
     return names_pattern(tuple(names)).sub(lambda found: secret[found[0]], text)
 
 def renamed(
-    tokenizer,
+    tokenizer,            # a fast one; keeps the copy for the next call
     names:dict[str, int], # from `special_tokens`
 ): # tokenizers.Tokenizer
     "A copy of the tokenizer whose special tokens have names that no text holds; kept with the tokenizer."
@@ -99,7 +99,7 @@ def renamed(
 
 # %% ../../nbs/02_pairs/02_literal.ipynb #c13
 def encode_parts(
-    rows:list[Parts],
+    rows:list[Parts],           # the parts of each row, in order
     tokenizer,                  # a fast one
     at:list[str]|None=None,     # the name of each row, for messages
 ) -> list[Encoded]:

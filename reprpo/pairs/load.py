@@ -97,6 +97,7 @@ class PairSet:
         return "\n".join([f"**{self.label}** (`{self.spec}`): {len(self)} pairs, {keys} keys, {kinds} kinds\n",
                           "| row | prompt | chosen | rejected | kind |", "|---|---|---|---|---|", *rows])
 
+# %% ../../nbs/02_pairs/01_load.ipynb #cell-009x
 def _asked(p:Pair) -> str: return f"[{len(p.before)} turns before] {p.prompt}" if p.before else p.prompt
 
 def _cell(text:str, width:int=70) -> str:
@@ -271,7 +272,7 @@ def load_pairs(
     return apply_options(pairs, spec)
 
 def apply_options(
-    pairs:PairSet,
+    pairs:PairSet,        # read and checked, its spec the whole address
     spec:PairSpec,        # says which rows to keep and whose answers to swap
 ) -> PairSet:             # under the same address
     "What an address's n and flip ask for, done to the pairs that were read."

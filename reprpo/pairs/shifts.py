@@ -89,7 +89,7 @@ SHIFTS = _build()
 
 # %% ../../nbs/02_pairs/05_shifts.ipynb #cell-009
 def check_shifts(
-    shifts:tuple[Shift, ...],
+    shifts:tuple[Shift, ...], # the whole list, of all training sets
 ) -> None:
     "Refuse a list with an unknown set, a shift that stands twice, or a training set without an in-domain row."
     known = {*GENIES_SETS, *OTHERS}

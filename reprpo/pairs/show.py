@@ -33,8 +33,8 @@ def visible(
     return text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍") or "∅"
 
 def token_texts(
-    ids:list[int],
-    tokenizer,
+    ids:list[int], # of tokens that follow one another
+    tokenizer,     # a Hugging Face tokenizer
 ) -> list[str]:
     "The text of each token with its leading space, which decoding a token by itself may lose."
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -75,8 +75,8 @@ def _span(text:str, role:str) -> str:
 
 # %% ../../nbs/02_pairs/04_show.ipynb #cell-008
 def show_pair(
-    pair:TokenPair,
-    tokenizer,
+    pair:TokenPair, # made with this tokenizer
+    tokenizer,      # a Hugging Face tokenizer
 ) -> Rendering:
     "The tokens of a pair, each with its role: prompt, template, unscored, chosen, rejected, EOS; special tokens are marked."
     special, own = set(tokenizer.all_special_ids) | set(special_tokens(tokenizer).values()), set(pair.fixed)

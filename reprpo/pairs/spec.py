@@ -57,6 +57,7 @@ KINDS = ("world", "file", "hub", "genies")
 FORMS = "world:NAME/SPLIT, FILE.jsonl (.json, .csv, .parquet; several: SHARDS/*.jsonl, A.jsonl+B.jsonl), genies:CONFIG#SPLIT or OWNER/NAME:CONFIG#SPLIT"
 _SCHEME = re.compile(f"({'|'.join(KINDS)}):")
 
+# %% ../../nbs/02_pairs/00_spec.ipynb #cell-010x
 _JOINT = re.compile("(?is)(?:" + "|".join(f"(?<={re.escape(s)})" for s in SUFFIXES) + r")\+(?=.)")
 
 def split_files(
@@ -71,7 +72,9 @@ def _file_stem(path:str) -> str:
     if re.search(r"[*?\[]", name): name = re.sub(r"\[.*?\]|[*?\[]", "", name).strip("-_. ") or Path(path).parent.name
     return name or path
 
-def exists(path:str) -> bool:
+def exists(
+    path:str,  # of a file or a folder, or any other text
+) -> bool:
     "Whether there is such a file or folder; a name that no file can have is the name of none."
     try: return Path(path).exists()
     except (OSError, ValueError): return False
@@ -95,7 +98,12 @@ def read_source(
     path, _, config = rest.partition(":")
     return dict(kind="hub", path=path, config=config, split=split)
 
-def write_source(kind:str, path:str, config:str, split:str) -> str:
+def write_source(
+    kind:str,    # world, file, hub or genies
+    path:str,    # set of the world, path of the file, or owner/name on the hub; genies has its own
+    config:str,  # configuration on the hub, empty for none; world and file have none
+    split:str,   # of all but a file
+) -> str:        # an address without options
     "The inverse of `read_source`."
     if kind == "world": return f"world:{path}/{split}"
     if kind == "genies": return f"genies:{config}#{split}"
@@ -192,7 +200,9 @@ class PairSpec:
         return ",".join([quoted(self.source), *numbers, *shares.values(), *texts])
 
     @classmethod
-    def parse(cls, text:str) -> "PairSpec":
+    def parse(cls,
+        text:str,  # such as world:facts/train,n=500
+    ) -> "PairSpec":
         "Read an address; a mistake is one line that says what to write instead."
         (_, source), *options = pieces(str(text).strip())
         return cls(**read_source(source), **read_options(options, text))

@@ -33,7 +33,7 @@ class Template:
     date: str = DATE                 # the day that it is told, whatever day it is
 
 def template_source(
-    tokenizer,
+    tokenizer, # a Hugging Face tokenizer
 ) -> str|None: # Jinja; None where there is none
     "The tokenizer's chat template."
     own = getattr(tokenizer, "chat_template", None)
@@ -42,7 +42,7 @@ def template_source(
     raise UserError(f"the tokenizer of {_name(tokenizer)} has chat templates ({', '.join(own)}) and no default; set tokenizer.chat_template to one")
 
 def template_of(
-    tokenizer,
+    tokenizer, # a Hugging Face tokenizer
 ) -> Template:
     "The template that a tokenizer's texts are made with: the one set, or else its chat template where it has one."
     return getattr(tokenizer, "_reprpo_template", None) or Template("chat" if template_source(tokenizer) else "plain")
@@ -96,7 +96,7 @@ def set_template(
     return tokenizer
 
 def template_record(
-    tokenizer,
+    tokenizer, # a Hugging Face tokenizer
 ) -> dict: # kind, system, options, date, hash of the chat template
     "What a manifest says about a tokenizer's template."
     t = template_of(tokenizer)
@@ -187,9 +187,9 @@ def _search(tokenizer, turns:Turns, text:str, tail:str, at:str) -> Parts:
     return *parts, ("template", head[done:]), ("answer", answer)
 
 def render(
-    tokenizer,
+    tokenizer,        # a Hugging Face tokenizer
     turns:Turns,      # the conversation before the answer; the last turn is the user's
-    answer:str,
+    answer:str,       # its text; a chat template gets it without white space around it
     at:str="row 1",   # the row, for messages
 ) -> Parts:           # its text in parts; the last is an `end` where the template ends a turn with a token, else EOS is still to come
     "One row as the template writes it, without what comes after the end of the answer's turn."
@@ -212,7 +212,7 @@ def render(
 # %% ../../nbs/02_pairs/02_template.ipynb #c15
 def asked(
     prompt,         # text, a Pair, or messages that end with one of the user
-    at:str="prompt 1",
+    at:str="prompt 1", # its place, for messages
 ) -> Turns:
     "What a model is asked, as turns."
     if isinstance(prompt, Pair): return (*prompt.before, ("user", prompt.prompt))
@@ -221,13 +221,13 @@ def asked(
     return turns
 
 def question(
-    pair:Pair,
+    pair:Pair,  # its answers are not read
 ) -> str|Turns: # to give to `generate`, to compare, and to write as JSON
     "The prompt of a pair; its whole conversation where something comes before the prompt."
     return (*pair.before, ("user", pair.prompt)) if pair.before else pair.prompt
 
 def turn_end(
-    tokenizer,
+    tokenizer,  # a Hugging Face tokenizer
 ) -> int:   # id
     "The token that ends an answer: the template's, or EOS."
     if template_of(tokenizer).kind == "plain": return tokenizer.eos_token_id

@@ -76,16 +76,18 @@ class TruncationReport:
 @dataclass(frozen=True)
 class TokenSet:
     "Tokenised pairs, what was lost on the way, and a hash of what is left."
-    pairs: list[TokenPair] = field(repr=False)
-    report: TruncationReport
-    hash: str             # of all ids and of what is scored, 16 hex digits
+    pairs: list[TokenPair] = field(repr=False)  # those that were kept, in the order of the source
+    report: TruncationReport                    # what was cut and dropped
+    hash: str                                   # of all ids and of what is scored, 16 hex digits
 
     def __len__(self) -> int: return len(self.pairs)
     def __getitem__(self, i): return self.pairs[i]
     def __iter__(self) -> Iterator[TokenPair]: return iter(self.pairs)
 
 # %% ../../nbs/02_pairs/02_tokenize.ipynb #cell-009
-def check_tokenizer(tokenizer) -> None:
+def check_tokenizer(
+    tokenizer,  # a Hugging Face tokenizer
+) -> None:
     "Refuse a tokenizer that cannot say which characters a token holds, or cannot end an answer."
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     if not getattr(tokenizer, "is_fast", False):
@@ -94,19 +96,21 @@ def check_tokenizer(tokenizer) -> None:
         raise UserError(f"the tokenizer of {name} has no end-of-sequence token, which every answer ends with; set tokenizer.eos_token", gotcha="no-end-token")
 
 def leading_ids(
-    tokenizer,
+    tokenizer,   # a Hugging Face tokenizer
 ) -> list[int]:  # [BOS], or [] where none is added
     "What the tokenizer puts before any text by itself; nothing where a chat template writes the text, BOS included."
     if template_of(tokenizer).kind == "chat": return []
     bare, full = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (False, True))
     return next((full[:i] for i in range(len(full)) if full[i:i+len(bare)] == bare), [])
 
-def pad_id(tokenizer) -> int:
+def pad_id(
+    tokenizer,  # one with an EOS token
+) -> int:
     "The id to fill rows with; padding is masked by place and not by id, so EOS will do where there is no pad token."
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 def context_length(
-    tokenizer,
+    tokenizer,       # a Hugging Face tokenizer; its `model_max_length` counts where it has one
     config=None,     # the model's configuration
     cap:int=2048,    # never more than this
 ) -> int:            # tokens
@@ -123,8 +127,8 @@ def _join(chosen:list[int], rejected:list[int], firsts:tuple[int, int], fixed:tu
     return TokenPair(chosen[:shared], chosen[shared:], rejected[shared:], *starts, pair.row, pair.kind, pair.key, tuple(j for j in fixed if j < shared))
 
 def encode(
-    pairs:list[Pair],
-    tokenizer,
+    pairs:list[Pair],                 # checked; `row` names them in messages
+    tokenizer,                        # a fast tokenizer with an EOS token
     lead:list[int],                   # what comes before every text, `leading_ids`
 ) -> Iterator[tuple[TokenPair, int]]: # each pair, and how many of its two answers begin inside a token
     "Token ids of pairs, each branch tokenised once as one text."
@@ -140,7 +144,7 @@ def encode(
 
 def prompt_ids(
     prompts:list,     # text, Pairs, or messages that end with one of the user
-    tokenizer,
+    tokenizer,        # a fast tokenizer with an EOS token
 ) -> list[list[int]]: # what comes before an answer, as `encode` has it
     "Ids of prompts that an answer is to follow."
     at = [f"prompt {i}" for i in range(len(prompts))]
@@ -153,7 +157,7 @@ def prompt_ids(
 
 # %% ../../nbs/02_pairs/02_tokenize.ipynb #cell-017
 def cut(
-    pair:TokenPair,
+    pair:TokenPair,   # one that is too long; not changed
     max_length:int,   # tokens that the prompt and one answer may have together
     n_lead:int=0,     # tokens at the start that stay (BOS)
 ) -> TokenPair|None:  # None if an answer is empty after the cut, or all that was asked, or if the answers are equal
@@ -187,7 +191,7 @@ def _refuse(r:TruncationReport, max_dropped:float) -> None:
                         gotcha="silent-truncation")
 
 def tokenize_pairs(
-    pairs:PairSet,
+    pairs:PairSet,             # the set; its label names it in the report
     tokenizer,                 # a fast tokenizer with an EOS token
     max_length:int|None=None,  # tokens that a prompt and one answer may have together; the tokenizer's `context_length` if None
     on_truncate:str="drop",    # what becomes of longer pairs: drop, error or truncate

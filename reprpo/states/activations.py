@@ -29,6 +29,7 @@ def _codes(labels:list[str]) -> Integer[Tensor, "n"]:
     seen: dict[str, int] = {}
     return torch.tensor([seen.setdefault(x, len(seen)) for x in labels])
 
+# %% ../../nbs/03_states/05_activations.ipynb #cell-006
 @dataclass(frozen=True)
 class PairRows:
     "Pairs, what the reference makes of them as a whole, and views of some of them."
@@ -118,8 +119,8 @@ class PairActivations(PairRows):
     @classmethod
     def read(cls,
         model:nn.Module,                   # its adapter, if any, is off
-        tokenizer,
-        pairs:PairSet,
+        tokenizer,                         # the model's, a fast one with an EOS token
+        pairs:PairSet,                     # those too long for the context are left out; an error if they are over 5 %
         layers="all",                      # what `parse_layers` reads, or all
         reduces:tuple[str, ...]=("mean",), # ways of pooling: mean | last | exp | sum | mean_unit; methods take the first unless told otherwise
         root:str|Path|None=None,           # of the cache; by default the one that training uses
@@ -174,6 +175,7 @@ class PairActivations(PairRows):
         return (f"**{self.label}**: {self.n} pairs, {keys} keys, {kinds} kinds; layers {self.layers[0]} … {self.layers[-1]} of width {self.h}, "
                 f"pooled by {', '.join(self.states)}")
 
+# %% ../../nbs/03_states/05_activations.ipynb #cell-009
 def page_activations(
     world:str="world:facts/test,n=600",  # address of the world's set, with n= for how many rows
     layers="all",                        # what `parse_layers` reads, or all
@@ -184,8 +186,8 @@ def page_activations(
 
 # %% ../../nbs/03_states/05_activations.ipynb #a-016
 def random_model(
-    model:nn.Module,
-    seed:int=0,
+    model:nn.Module, # a causal LM; only read
+    seed:int=0,      # of the weights
 ) -> nn.Module: # of the same architecture and dtype, on the same device
     "The same architecture with weights drawn afresh, as its configuration initialises them."
     hf = bare(model)

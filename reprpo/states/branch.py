@@ -40,8 +40,8 @@ def branch_points(
     return Branch(ids, torch.tensor(cho), torch.tensor(rej))
 
 def read_branch(
-    model:nn.Module,
-    branch:Branch,
+    model:nn.Module,      # a causal LM; its adapter, if any, stays on
+    branch:Branch,        # from `branch_points`
     sites:Iterable[str],  # from `find_sites`
     batch_size:int=64,    # rows in a forward
 ) -> dict[str, Float[Tensor, "n h"]]: # fp32, on the CPU

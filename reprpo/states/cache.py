@@ -70,7 +70,9 @@ def _load(path:Path, key:str, n:int) -> tuple[dict[str, Tensor], dict[str, str]]
     return (tensors, metadata) if all(len(x) == n for x in tensors.values()) else None
 
 # %% ../../nbs/03_states/05_cache.ipynb #cell-008
-def pad_id(model:nn.Module) -> int: # any valid id would do: padding lies to the right and is never read
+def pad_id(
+    model:nn.Module, # a causal LM; its configuration names the id
+) -> int:            # any valid id would do: padding lies to the right and is never read
     "The id that fills rows up."
     found = bare(model).config.get_text_config().pad_token_id
     return 0 if found is None else found
@@ -115,7 +117,13 @@ def reference_states(
     return whole
 
 # %% ../../nbs/03_states/05_cache.ipynb #cell-010
-def cache_key(model:nn.Module, token_set, sites:list[str], reduce:str, transform:Callable|None) -> str:
+def cache_key(
+    model:nn.Module,          # its adapter, if any, does not count
+    token_set,                # a `TokenSet`
+    sites:list[str],          # from `find_sites`
+    reduce:str,               # how an answer's tokens become one vector
+    transform:Callable|None,  # applied before pooling, frozen; None: none is
+) -> str:                     # 16 hex digits
     "A name for everything the reference's states depend on; the sites count only where a transform mixes them."
     what = [token_set.hash, fingerprint(model), reduce, str(bare(model).dtype)]
     if transform is None: return content_hash(*what)
@@ -131,11 +139,18 @@ def _settle(states:States, device:torch.device, share:float=0.1) -> States:
 # %% ../../nbs/03_states/05_cache.ipynb #cell-011
 class ReferenceFiles:
     "The files of one key: which there are, what is missing, how they are read."
-    def __init__(self, folder:Path, asked:list[str], n:int, mixed:bool):
+    def __init__(self,
+        folder:Path,      # its name is the key
+        asked:list[str],  # sites of the model that are wanted
+        n:int,            # pairs, the rows of every tensor
+        mixed:bool,       # a transform was applied: its sites need not be those asked for, and all are made together
+    ):
         self.folder, self.asked, self.n, self.mixed = folder, asked, n, mixed
         self._open: dict[str, tuple[dict, dict]] = {}
 
-    def read(self, name:str) -> tuple[dict[str, Tensor], dict[str, str]]|None:
+    def read(self,
+        name:str,  # a site, or `logps`
+    ) -> tuple[dict[str, Tensor], dict[str, str]]|None:
         "Tensors and metadata of one file, or None."
         if name not in self._open:
             found = _load(self.folder/f"{name}.safetensors", self.folder.name, self.n)
@@ -143,7 +158,11 @@ class ReferenceFiles:
             self._open[name] = found
         return self._open[name]
 
-    def write(self, name:str, tensors:dict[str, Tensor], **metadata:str) -> None:
+    def write(self,
+        name:str,                   # a site, or `logps`
+        tensors:dict[str, Tensor],  # n rows each
+        **metadata:str,             # goes into the file's header, beside the key
+    ) -> None:
         "Put one file in place, whole."
         _save(self.folder/f"{name}.safetensors", tensors, {"key": self.folder.name, **metadata})
 

@@ -32,7 +32,9 @@ def bare(
 
 _known = WeakKeyDictionary()
 
-def blocks_of(model:nn.Module) -> nn.ModuleList:
+def blocks_of(
+    model:nn.Module,  # a causal LM, perhaps inside PEFT, DDP or torch.compile
+) -> nn.ModuleList:   # the N blocks, in the order they run
     "The decoder's blocks, looked for once in each model."
     model = bare(model)
     if model not in _known: _known[model] = decoder_blocks(model)
@@ -59,7 +61,7 @@ def _matches(path:str, pattern:str) -> bool:
     return path == pattern or path.endswith("." + pattern)
 
 def find_sites(
-    model:nn.Module,
+    model:nn.Module,                 # a causal LM, perhaps inside PEFT, DDP or torch.compile
     layers:str|list,                 # what `parse_layers` reads
     source:str="hs",                 # "hs": the residual stream; "side": modules inside those layers' blocks
     collect:str="in",                # of a module: what goes "in" or comes "out"
@@ -79,8 +81,8 @@ def find_sites(
 
 # %% ../../nbs/03_states/01_capture.ipynb #cell-014
 def find_place(
-    model:nn.Module,
-    site:str, # "hs.k", "i.path.in", "i.path.out" or "final"
+    model:nn.Module, # a causal LM, perhaps inside PEFT, DDP or torch.compile
+    site:str,        # "hs.k", "i.path.in", "i.path.out" or "final"
 ) -> tuple[nn.Module, str]: # the module to hook, and which end of it: "in" or "out"
     "Where a site is in this model."
     if site == "final": return bare(model).base_model, "out"

@@ -24,7 +24,7 @@ from .vocabulary import vocab_means
 
 # %% ../../nbs/03_states/04_forward.ipynb #cell-007
 def shared_masks(
-    model:nn.Module,
+    model:nn.Module,      # a causal LM, with or without an adapter
     batch,                # a `PairBatch` whose answers share a prompt
     dtype:torch.dtype,    # of the additive mask
 ) -> Tensor|dict[str, Tensor]: # one mask, or one for each kind of attention the blocks have
@@ -39,7 +39,7 @@ def shared_masks(
     return {"full_attention": whole, "sliding_attention": near} if kinds else near
 
 def model_inputs(
-    model:nn.Module,
+    model:nn.Module,  # a causal LM, with or without an adapter
     batch,            # a `PairBatch`
 ) -> dict:            # keyword arguments of the model's forward
     "Bare ids where rows are plain sequences; mask and positions where answers share a prompt."
@@ -52,7 +52,7 @@ def model_inputs(
 
 # %% ../../nbs/03_states/04_forward.ipynb #cell-008
 def head_logps(
-    model:nn.Module,
+    model:nn.Module,                # a causal LM, with or without an adapter
     hidden:Float[Tensor, "n h"],    # states after the final norm
     targets:Integer[Tensor, "n"],   # the token each should predict
 ) -> Float[Tensor, "n"]:            # log P(target), fp32, in nats
@@ -64,7 +64,7 @@ def head_logps(
 
 # %% ../../nbs/03_states/04_forward.ipynb #cell-v09
 def head_means(
-    model:nn.Module,
+    model:nn.Module,              # a causal LM, with or without an adapter
     hidden:Float[Tensor, "n h"],  # states after the final norm that predict the scored tokens
     batch,                        # their PairBatch
     want:Iterable[str],           # wpo, entropy
@@ -106,8 +106,9 @@ def _moved(
         found[f"moved.{site}"] = sum_by_owner(far, batch.owner, 2*batch.b)/count_tokens(batch.owner, batch.b)
     return found
 
+# %% ../../nbs/03_states/04_forward.ipynb #cell-013x
 def check_room(
-    model:nn.Module,
+    model:nn.Module, # a causal LM; its configuration says how long a row may be
     tokens:int,     # of the longest row
     text:int,       # tokens of a text that goes into every row
 ) -> None:
@@ -118,7 +119,7 @@ def check_room(
                         "shorten the text, or lower --max-length")
 
 def as_read(
-    model:nn.Module,
+    model:nn.Module,      # the policy, or any causal LM
     batch,                # a `PairBatch`, or anything else with `longest` and `insert`
 ) -> tuple:               # the batch as the model is to read it, and what to call with it
     "A policy with a system prompt reads it in every row; any other model reads the batch as it is."
@@ -127,13 +128,16 @@ def as_read(
     check_room(model, batch.longest, len(extra[1]))
     return batch.insert(*extra), bare(model)
 
+# %% ../../nbs/03_states/04_forward.ipynb #cell-014x
 @contextmanager
-def aside(device:torch.device) -> Iterator[None]:
+def aside(
+    device:torch.device, # where the model runs
+) -> Iterator[None]:
     "What runs inside keeps no graph, and the random numbers it draws are there to be drawn again."
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []): yield
 
 def forward_states(
-    model:nn.Module,
+    model:nn.Module,                # a causal LM, with or without an adapter, in whatever mode it is
     batch,                          # a `PairBatch` on the model's device
     sites:Iterable[str]=(),         # from `find_sites`
     reduce:str="mean",              # how an answer's tokens become one vector
@@ -161,7 +165,9 @@ def forward_states(
 
 # %% ../../nbs/03_states/04_forward.ipynb #cell-016
 @contextmanager
-def eval_mode(model:nn.Module) -> Iterator[nn.Module]:
+def eval_mode(
+    model:nn.Module,       # an adapter stays on
+) -> Iterator[nn.Module]:  # the model
     "No gradient and no dropout inside the block; every module's mode is as before afterwards."
     modes = [(m, m.training) for m in model.modules()]
     try:
@@ -170,7 +176,9 @@ def eval_mode(model:nn.Module) -> Iterator[nn.Module]:
         for module, training in modes: module.training = training
 
 @contextmanager
-def still(model:nn.Module) -> Iterator[nn.Module]:
+def still(
+    model:nn.Module,       # with or without an adapter
+) -> Iterator[nn.Module]:  # the model
     "The model's own dropout is off inside the block, also while it trains; an adapter's is left alone."
     before = []
     for name, module in model.named_modules():
@@ -184,7 +192,9 @@ def still(model:nn.Module) -> Iterator[nn.Module]:
         for module, k, rate in before: setattr(module, k, rate)
 
 @contextmanager
-def reference_mode(model:nn.Module) -> Iterator[nn.Module]:
+def reference_mode(
+    model:nn.Module,       # with or without an adapter, which must not be merged
+) -> Iterator[nn.Module]:  # the model
     "The model without its adapter inside the block: no gradient, no dropout; everything is as before afterwards."
     if any(getattr(m, "merged_adapters", None) for m in model.modules()):
         raise UserError("an adapter is merged into the weights, so the reference can't be had exactly; load the adapter without merging it")
@@ -199,7 +209,7 @@ def reference_mode(model:nn.Module) -> Iterator[nn.Module]:
 
 # %% ../../nbs/03_states/04_forward.ipynb #cell-026
 def own_logps(
-    model:nn.Module,
+    model:nn.Module,            # a causal LM, with or without an adapter
     ids:Integer[Tensor, "1 t"], # one plain row
 ) -> Float[Tensor, "t-1"]:      # log P of each token but the first
     "Log-probabilities of a row's tokens from the model's own logits."
@@ -218,7 +228,7 @@ def _shared_gap(model:nn.Module, batch) -> float:
 
 @torch.no_grad()
 def check_head(
-    model:nn.Module,
+    model:nn.Module,   # a causal LM, with or without an adapter; untouched afterwards
     batch,             # any `PairBatch`; its first row is used, and of shared rows the first and last pair
     atol:float=1e-2,   # largest difference in log-probability taken for rounding, in nats; 25 times as much in halves
 ) -> float:            # the largest difference found

@@ -45,7 +45,7 @@ def refusal(
     return _refused[home]
 
 def choose_layout(
-    model:nn.Module,
+    model:nn.Module,    # with or without an adapter
     pairs,              # TokenSet, or TokenPairs
     asked:str="auto",   # a layout, or auto
     batch_size:int=32,  # pairs in a forward

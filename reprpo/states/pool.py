@@ -47,7 +47,9 @@ class States:
 
     def __len__(self) -> int: return len(self.logp_cho)
 
-    def map(self, f:Callable[[Tensor], Tensor]) -> "States":
+    def map(self,
+        f:Callable[[Tensor], Tensor],  # is given states, log-probabilities and counts alike
+    ) -> "States":
         "The same with `f` applied to every tensor."
         each = lambda d: {s: f(x) for s, x in d.items()}
         return States(each(self.cho), each(self.rej), *(f(x) for x in (self.logp_cho, self.logp_rej, self.n_cho, self.n_rej)),
@@ -57,11 +59,15 @@ class States:
         "The same without the graph behind it."
         return self.map(Tensor.detach)
 
-    def to(self, device) -> "States":
+    def to(self,
+        device,  # a torch.device, or its name
+    ) -> "States":
         "The same on another device."
         return self.map(lambda x: x.to(device, non_blocking=True))
 
-    def index(self, rows) -> "States":
+    def index(self,
+        rows,  # over the b pairs; not a single number, which would lose their axis
+    ) -> "States":
         "The pairs at `rows` (indices, a slice or a mask)."
         return self.map(lambda x: x[rows])
 
@@ -69,7 +75,9 @@ class States:
         "Chosen and rejected exchanged."
         return States(self.rej, self.cho, self.logp_rej, self.logp_cho, self.n_rej, self.n_cho, self.more_rej, self.more_cho)
 
-    def at(self, sites:list[str]) -> "States":
+    def at(self,
+        sites:list[str],  # some of its sites, in the order that is wanted; none is fine
+    ) -> "States":
         "The same with only these sites."
         return replace(self, cho={s: self.cho[s] for s in sites}, rej={s: self.rej[s] for s in sites})
 

@@ -45,8 +45,9 @@ def change_at(
     module, end = find_place(model, site)
     return module.register_forward_hook(on_output) if end == "out" else module.register_forward_pre_hook(on_input, with_kwargs=True)
 
+# %% ../../nbs/03_states/10_steer.ipynb #cell-007x
 def check_vectors(
-    model:nn.Module,
+    model:nn.Module,                          # a causal LM, perhaps with an adapter; only read
     vectors:Mapping[str, Float[Tensor, "h"]], # site -> vector
 ) -> None:
     "Refuse vectors that do not fit the model's residual stream."

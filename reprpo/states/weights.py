@@ -26,16 +26,22 @@ class Norm:
     centred: bool = False                # LayerNorm takes the mean over coordinates away, RMSNorm doesn't
     eps: float = 0.0                     # added to the mean square
 
-    def centre(self, x:Float[Tensor, "... h"]) -> Float[Tensor, "... h"]:
+    def centre(self,
+        x:Float[Tensor, "... h"], # states, or anything else with coordinates last
+    ) -> Float[Tensor, "... h"]:
         "The state without its mean over coordinates, if the norm takes that away."
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
-    def scale(self, x:Float[Tensor, "... h"]) -> Float[Tensor, "... 1"]:
+    def scale(self,
+        x:Float[Tensor, "... h"], # states before the norm
+    ) -> Float[Tensor, "... 1"]:  # 1 where there is no norm
         "What a state is divided by."
         if self.gain is None: return torch.ones_like(x[..., :1])
         return (self.centre(x).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
-    def fold(self, W:Float[Tensor, "... h"]) -> Float[Tensor, "... h"]:
+    def fold(self,
+        W:Float[Tensor, "... h"], # rows that read what comes out of the norm
+    ) -> Float[Tensor, "... h"]:
         "A reader of the norm's output, as a reader of `x / scale(x)`."
         return W if self.gain is None else self.centre(W*self.gain)
 
@@ -192,7 +198,7 @@ def block_weights(
 
 # %% ../../nbs/03_states/08_weights.ipynb #cell-012
 def final_norm(
-    model:nn.Module,
+    model:nn.Module, # a causal LM, with or without an adapter
 ) -> Norm:
     "The norm between the last block and the head."
     blocks, net = blocks_of(model), bare(model)
@@ -201,7 +207,7 @@ def final_norm(
     return norm_parts(norm, net.config.get_text_config().hidden_size, name)
 
 def embed_weights(
-    model:nn.Module,
+    model:nn.Module, # a causal LM; of an adapter only a part on the embedding itself counts
     chunk:int=16384, # rows asked for at once
 ) -> Float[Tensor, "v h"]:
     "W_E: what each token writes at the start, positions left out."
@@ -210,8 +216,8 @@ def embed_weights(
     with torch.no_grad(): return torch.cat([table(part).float().cpu() for part in ids.split(chunk)])
 
 def head_weights(
-    model:nn.Module,
-    fold:bool=True, # the final norm's gain (and centring) put into it: logits = W_U @ (x / scale) + head_bias
+    model:nn.Module, # a causal LM, with or without an adapter, whose own part is left out
+    fold:bool=True,  # the final norm's gain (and centring) put into it: logits = W_U @ (x / scale) + head_bias
 ) -> Float[Tensor, "v h"]:
     "W_U: what each token's logit reads."
     head = bare(model).get_output_embeddings()
@@ -220,8 +226,8 @@ def head_weights(
     return final_norm(model).fold(W) if fold else W.clone()
 
 def writer_weight(
-    model:nn.Module,
-    site:str, # of what goes into a linear module, as 3.mlp.down_proj.in
+    model:nn.Module, # a causal LM, with or without an adapter, whose own part is left out
+    site:str,        # of what goes into a linear module, as 3.mlp.down_proj.in
 ) -> Float[Tensor, "h m"]:
     "What each coordinate that goes into a module writes, one column each, as stored."
     module, end = find_place(model, site)
@@ -229,7 +235,7 @@ def writer_weight(
     return _affine(module)[0]
 
 def head_bias(
-    model:nn.Module,
+    model:nn.Module, # a causal LM, with or without an adapter, whose own part is left out
 ) -> Float[Tensor, "v"]:
     "What is added to every logit, whatever the state: the final norm's constant through the head, and the head's own."
     W, b = _affine(bare(model).get_output_embeddings())

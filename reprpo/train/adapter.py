@@ -42,6 +42,7 @@ def lora_config(
     if cfg.bias != "none" or cfg.modules_to_save: raise UserError(f"bias or modules_to_save is refused: {why}; leave both unset")
     return cfg
 
+# %% ../../nbs/08_train/02_adapter.ipynb #cell-006x
 def adapter_layers(
     model:nn.Module, # with or without an adapter
 ) -> dict[str, nn.Module]: # module name -> LoRA layer, or edit of the states
@@ -54,6 +55,7 @@ def adapter_params(
     "The adapter's trainable parameters by name."
     return {n: p for n, p in model.named_parameters() if base_name(n) is None and p.requires_grad}
 
+# %% ../../nbs/08_train/02_adapter.ipynb #cell-008x
 @contextmanager
 def quiet_peft():
     "PEFT asks transformers for an attribute by its old name, and finds out by itself how GPT-2's Conv1D lies; its warnings are nobody's mistake here."
@@ -89,7 +91,7 @@ def remove_adapter(
     return base.eval()
 
 def adapter_config(
-    model:PeftModel|Intervened,
+    model:PeftModel|Intervened, # with an adapter
 ) -> LoraConfig|Intervention:
     "What was put on the model: enough, with the weights, to put it on again."
     return model.intervention if isinstance(model, Intervened) else model.peft_config["default"]
@@ -112,6 +114,7 @@ def save_adapter(
     (Path(folder) / "README.md").unlink(missing_ok=True)
     return Path(folder)
 
+# %% ../../nbs/08_train/02_adapter.ipynb #cell-015x
 def load_adapter(
     model:nn.Module,   # the base model; **changed in place**, `remove_adapter` undoes it
     folder:str|Path,   # what save_adapter wrote
@@ -142,6 +145,7 @@ def check_trained(
     if not any(p.detach().any() for n, p in model.named_parameters() if "lora_B" in n):
         raise UserError(f"every LoRA B in '{where}' is zero: this adapter was never trained, or was not loaded", gotcha="untrained-adapter")
 
+# %% ../../nbs/08_train/02_adapter.ipynb #cell-019x
 def put_adapter(
     model:nn.Module,            # the base model; **changed in place**, `remove_adapter` undoes it
     cfg:LoraConfig|Intervention, # of the adapter

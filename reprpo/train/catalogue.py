@@ -77,6 +77,8 @@ hs-none-retain                                              regulariser
 hs-none-random:outer=none                                   teaches
 hs-none-swapped:outer=none                                  teaches
 """
+
+# %% ../../nbs/08_train/00_catalogue.ipynb #cell-007x
 SINGULAR = ("para_orth", "para_orth2", "logodds", "parrel_orthogonal", "logodds_noref", "odds_noref", "orth", "para_orth_signed_v0", "para_orth_signed_v1",
             "para_orth_signed_log", "cosine_similarity", "angle_mag", "angle_mag_inverse") # names in losses.legacy
 STUCK = ("cosine_cross_model", "log_ratio", "abs") # at their optimum at the start
@@ -96,13 +98,19 @@ class Variant:
     @property
     def wrt(self) -> str: return "hidden" if self.parsed.needs_states else "logp"
 
-    def step_zero(self, b:int=16) -> StepZero: # pairs
+    def step_zero(self,
+        b:int=16, # made-up pairs
+    ) -> StepZero:
         "Measured where every run starts."
         return step_zero(self.parsed.loss_fn, random_states(b), self.wrt)
 
-    def is_signed(self, b:int=16) -> bool: return is_signed(self.parsed.loss_fn, random_states(b), wrt=self.wrt)
+    def is_signed(self,
+        b:int=16, # made-up pairs
+    ) -> bool: return is_signed(self.parsed.loss_fn, random_states(b), wrt=self.wrt)
 
-    def turn(self, b:int=16) -> float:
+    def turn(self,
+        b:int=16, # made-up pairs
+    ) -> float:
         "The largest change of its value under a rotation of all states, as a share of the largest value."
         ref = random_states(b)
         pi = nudged(ref, 0.2, 0.3)

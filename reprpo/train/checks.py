@@ -83,6 +83,7 @@ def nudge(
                 rms = lambda x: x.float().pow(2).mean().sqrt()
                 B.weight.copy_(noise * (size * rms(W) / (layer.scaling[key] * rms(A) * A.shape[0] ** 0.5)))
 
+# %% ../../nbs/08_train/04_checks.ipynb #cell-012x
 def term_gradients(
     values:dict[str, Tensor],    # scalars
     params:list[nn.Parameter],   # what to differentiate by
@@ -105,6 +106,7 @@ def gradient_norms(
         if id(v) not in done: done[id(v)] = term_gradients({"": v}, params)[""].norm().item()
     return {k: done[id(v)] for k, v in values.items()}
 
+# %% ../../nbs/08_train/04_checks.ipynb #cell-014x
 def term_means(
     method,          # Method
     pi,              # States of the policy
@@ -130,6 +132,7 @@ def state_gradients(
         grads[name] = torch.cat([torch.zeros_like(x).flatten() if g is None else (g * c).flatten() for x, g, c in zip(leaves, found, scales)])
     return grads
 
+# %% ../../nbs/08_train/04_checks.ipynb #cell-016x
 def classify(
     far:Tensor,    # gradient with the adapter nudged by +δ
     back:Tensor,   # by −δ
@@ -187,6 +190,7 @@ def is_exact(
     "Does the same row give the same numbers to fp32 rounding, whatever it is batched with? Not in halves, nor with activations of 8 bits."
     return model.dtype == torch.float32 and quantised(model) != "8bit"
 
+# %% ../../nbs/08_train/04_checks.ipynb #cell-026
 def step_zero(
     model:nn.Module,      # with a fresh adapter
     method,               # Method
@@ -220,6 +224,7 @@ def step_zero(
     check_step_zero(zero, exact)
     return zero
 
+# %% ../../nbs/08_train/04_checks.ipynb #cell-028
 def check_blind(
     method,          # Method that is said to read no log-probabilities
     pi,              # States of the policy

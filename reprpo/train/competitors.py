@@ -50,11 +50,12 @@ def steering(
     found = ESTIMATORS[direction](states.cho, states.rej, **({"seed": seed} if direction == "random" else {}))
     return dict(found if direction in ("means", "random") else found.as_long_as(means(states.cho, states.rej)))
 
+# %% ../../nbs/08_train/10_competitors.ipynb #cell-007
 @contextmanager
 def with_text(
-    tokenizer,
-    text:str,   # in the system turn of a chat template, behind the one it has already; else before the prompt, as it is
-) -> Iterator:  # prompts -> ids that rows begin with
+    tokenizer, # a Hugging Face tokenizer; with a chat template **changed inside the block**, as before afterwards
+    text:str,  # in the system turn of a chat template, behind the one it has already; else before the prompt, as it is
+) -> Iterator: # prompts -> ids that rows begin with
     "What the tokenizer makes of prompts under a text."
     template = template_of(tokenizer)
     if template.kind == "plain":
@@ -68,8 +69,8 @@ def with_text(
         else: tokenizer._reprpo_template = before
 
 def find_text(
-    tokenizer,
-    text:str,       # as in `with_text`
+    tokenizer, # a Hugging Face tokenizer
+    text:str,  # as in `with_text`
 ) -> Intervention:
     "The tokens of a text, and where in a row they go: what two prompts gain by it, behind what all rows begin with."
     probes = ["Qx7", "zv"]
@@ -80,10 +81,10 @@ def find_text(
     return Intervention("prompt", text=text, at=at, ids=tuple(whole[at:at + len(whole) - len(own)]))
 
 def check_text(
-    put_on:Intervention,   # of kind prompt
-    tokenizer,
-    prompts:list,          # Pairs, or their prompts
-    where:str="prompt",    # what they are, for the message
+    put_on:Intervention, # of kind prompt
+    tokenizer,           # a Hugging Face tokenizer
+    prompts:list,        # Pairs, or their prompts
+    where:str="prompt",  # what they are, for the message
 ) -> None:
     "Refuse a text that would not be in a row what the tokenizer makes of the whole."
     at, new = put_on.at, list(put_on.ids)
@@ -93,18 +94,18 @@ def check_text(
         if w == a: raise UserError(f"prompt: {where} {i} has a system turn of its own, so there is no place for another; leave the method out")
         raise UserError(f"prompt: its text and {where} {i} share a token, so it can't be put before; end the text with a line break, \\n in double quotes")
 
+# %% ../../nbs/08_train/10_competitors.ipynb #k-006
 def layers_of(
     method,          # Method with an edit
-    model:nn.Module,
+    model:nn.Module, # with or without an adapter
 ) -> tuple[int, ...]:
     "The layers a method edits in this model."
     return tuple(parse_layers(method.edit_settings["layers"].strip("[] "), len(blocks_of(model))))
 
-# %% ../../nbs/08_train/10_competitors.ipynb #k-006
 def intervention(
     method,          # Method with an edit
     model:nn.Module, # base model
-    tokenizer,
+    tokenizer,       # a Hugging Face tokenizer
     pairs,           # PairSet to train on
     feed,            # Feed made of them
     seed:int=0,      # of a random direction

@@ -33,10 +33,10 @@ def _wait(device:torch.device) -> None:
 SIDES = (256, 512, 1024, 2048, 4096) # of the matrices: short products are seldom interrupted, long ones fill a large device
 
 def measure_peak(
-    device="cpu",
-    dtype:torch.dtype=torch.float32,
-    seconds:float=0.25, # to spend
-) -> float:             # FLOP/s
+    device="cpu",                    # a torch device or its name
+    dtype:torch.dtype=torch.float32, # of the matrices
+    seconds:float=0.25,              # to spend
+) -> float:                          # FLOP/s
     "The fastest product of square matrices, now; no global generator is touched."
     device, best, until, made = torch.device(device), 0.0, time.perf_counter() + seconds, {}
     draw, burst = torch.Generator(device).manual_seed(0), 1 if device.type == "cpu" else 8
@@ -59,15 +59,15 @@ def _peak(device:str, dtype:torch.dtype, threads:int) -> float:
     with ThreadPoolExecutor(1) as pool: return pool.submit(measure_peak, device, dtype).result()
 
 def matrix_peak(
-    device="cpu",
-    dtype:torch.dtype=torch.float32,
-) -> float: # FLOP/s
+    device="cpu",                    # a torch device or its name
+    dtype:torch.dtype=torch.float32, # of the matrices
+) -> float:                          # FLOP/s
     "The same, measured once in a process for each device, dtype and number of threads."
     return _peak(str(device), dtype, torch.get_num_threads())
 
 # %% ../../nbs/08_train/08_cost.ipynb #k-009
 def short(
-    x:float,
+    x:float,     # 0 or more
     unit:str="", # behind the prefix
 ) -> str:
     "Three digits and a prefix."
@@ -75,6 +75,7 @@ def short(
         if x >= power: return f"{x/power:.3g} {name}{unit}"
     return f"{x:.3g} {unit}".rstrip()
 
+# %% ../../nbs/08_train/08_cost.ipynb #cell-010
 @dataclass(frozen=True)
 class CostCard:
     "What a run takes: counted before its first step, measured after its last."
@@ -140,11 +141,11 @@ class CostCard:
 
 # %% ../../nbs/08_train/08_cost.ipynb #k-010
 def short_price(
-    model:nn.Module,      # with an adapter
-    method:Method,
-    feed:Feed,            # pairs, view
-    layout:str,
-    micro:int,            # pairs in a forward
+    model:nn.Module, # with an adapter
+    method:Method,   # whose loss is taken
+    feed:Feed,       # pairs, view
+    layout:str,      # as in `collate`
+    micro:int,       # pairs in a forward
 ) -> Price:
     "Prices from the two shortest pairs, or from as many as the loss asks for."
     order = sorted(range(len(feed.tokens)), key=lambda i: feed.tokens[i].longest)
@@ -153,13 +154,13 @@ def short_price(
     except UserError: return price(model, method, feed.view, batch(micro))
 
 def cost_card(
-    model:nn.Module,      # with a fresh adapter
-    method:Method,
-    config:TrainConfig,   # settled: steps, batch size, micro-batch, seed, layout
-    feed:Feed,            # pairs, view, reference
-    stored:bool=False,    # is the reference stored by this run?
+    model:nn.Module,                   # with a fresh adapter
+    method:Method,                     # whose loss is taken
+    config:TrainConfig,                # settled: steps, batch size, micro-batch, seed, layout
+    feed:Feed,                         # pairs, view, reference
+    stored:bool=False,                 # is the reference stored by this run?
     estimate:MemoryEstimate|None=None, # None: not looked at
-    processes:int=1,      # that train together
+    processes:int=1,                   # that train together
 ) -> CostCard:
     "Count a run before its first step, from the pairs that it will really see."
     tokens, inner, micro = feed.tokens, bare(model), config.batch_size // processes // config.accumulation(processes)
@@ -172,11 +173,11 @@ def cost_card(
                     least, once, estimate and estimate.peak, found.uncounted, processes=processes, device=inner.device.type)
 
 def measured(
-    card:CostCard,
-    model:nn.Module,      # that was trained
-    precision:str,        # of the configuration
-    seconds:float,        # that the steps took
-    tokens:int,           # that went through this process's policy meanwhile
+    card:CostCard,   # from before the run
+    model:nn.Module, # that was trained
+    precision:str,   # of the configuration
+    seconds:float,   # that the steps took
+    tokens:int,      # that went through this process's policy meanwhile
 ) -> CostCard:
     "The card of a finished run; asks for the matrix peak, after the memory."
     memory, inner = peak_memory(bare(model).device), bare(model)

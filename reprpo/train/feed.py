@@ -85,36 +85,51 @@ class View:
         "Can the reference's part be stored? Not where it changes while the transform learns, nor where next-token distributions are asked for."
         return not (self.learns and not self.late) and "entropy" not in self.more
 
-    def turned(self, states): # States -> States
+    def turned(self,
+        states, # States, pooled
+    ):          # States
         "Pooled states after a transform that sees pooled vectors."
         if not self.late: return states
         with torch.autocast(states.logp_cho.device.type, enabled=False): return replace(states, cho=self.transform(states.cho), rej=self.transform(states.rej))
 
-    def policy(self, model:nn.Module, batch, logps=True): # PairBatch, as in `forward_states` -> States
+    def policy(self,
+        model:nn.Module, # with its adapter, or without one
+        batch,           # PairBatch
+        logps=True,      # as in `forward_states`
+    ):                   # States
         "The policy's states, with their graph."
         before = None
         if "moved" in self.more:
             with reference_mode(model): before = token_states(model, batch, self.sites)
         return self.turned(forward_states(model, batch, self.sites, self.reduce, self.early, logps, [x for x in self.more if x == "wpo"], before))
 
-    def reference(self, model:nn.Module, batch, logps=True): # PairBatch, as in `forward_states` -> States
+    def reference(self,
+        model:nn.Module, # with its adapter, or without one
+        batch,           # PairBatch
+        logps=True,      # as in `forward_states`
+    ):                   # States
         "The states with the adapter off, without a graph or dropout."
         with reference_mode(model):
             states = self.turned(forward_states(model, batch, self.sites, self.reduce, self.early, logps, [x for x in self.more if x == "entropy"]))
         return self.beside(model, batch, states)
 
-    def beside(self, model:nn.Module, batch, states): # PairBatch, States -> States
+    def beside(self,
+        model:nn.Module, # with its adapter, or without one
+        batch,           # PairBatch
+        states,          # States of the reference for it
+    ):                   # States
         "The reference's states with the gradient of its own margin, if the loss reads that."
         if "gradient" not in self.more: return states
         with reference_mode(model): cho, rej = margin_gradients(model, batch, self.sites)
         return replace(states, more_cho=states.more_cho | cho, more_rej=states.more_rej | rej)
 
+# %% ../../nbs/08_train/03_feed.ipynb #cell-018x
 @dataclass(frozen=True)
 class Feed:
     "What a run is fed: the pairs, and what its loss sees of them."
     tokens:object            # TokenSet
     pad:int                  # id that fills rows up
-    view:View
+    view:View                # what the loss sees of a batch
     cache:object = None      # ReferenceCache; None: the reference runs live
 
     def reference(self,
@@ -138,6 +153,7 @@ def own_reference(
         f"gradient.{s}": x for s, x in side.items() if "gradient" in method.reads}
     return replace(plain, more_cho=plain.more_cho | more(plain.cho), more_rej=plain.more_rej | more(plain.rej))
 
+# %% ../../nbs/08_train/03_feed.ipynb #cell-020x
 def make_view(
     model:nn.Module, # base
     method,          # Method: source, collect, modules, reduce, transform

@@ -26,7 +26,7 @@ from .method import Method
 
 # %% ../../nbs/08_train/07_flops.ipynb #f-006
 def matrices(
-    module:nn.Module,
+    module:nn.Module, # looked at by itself, without its children
 ) -> dict[str, tuple]: # name -> shape
     "The matrices that are a module's own, or stacks of them; embeddings look up and do not multiply, and biases are added."
     own = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False) if p.ndim > 1 and "bias" not in n}
@@ -34,7 +34,7 @@ def matrices(
     return {"weight": (module.out_features, module.in_features)} if own and hasattr(module, "in_features") else own
 
 def multiply_adds(
-    module:nn.Module,
+    module:nn.Module, # that was called
     own:dict,         # its matrices
     x:Tensor,         # its first input
     args:tuple,       # all of them
@@ -46,6 +46,7 @@ def multiply_adds(
     routed = [a.shape[-1] for a in args if isinstance(a, Tensor) and not a.is_floating_point()]
     return rows * (routed or [1])[0] * sum(math.prod(s[1:]) for s in own.values())
 
+# %% ../../nbs/08_train/07_flops.ipynb #cell-007
 @dataclass(frozen=True)
 class Call:
     "A module with matrices, as it ran."
@@ -75,8 +76,9 @@ def calls(
     finally:
         for h in handles: h.remove()
 
+# %% ../../nbs/08_train/07_flops.ipynb #cell-009
 def reached(
-    loss:Tensor,
+    loss:Tensor, # what would be differentiated; without a graph nothing is reached
 ) -> set:
     "The nodes of the graph that a backward pass from here comes through."
     found, todo = set(), [loss.grad_fn]
@@ -100,8 +102,8 @@ def attention_widths(
     return heads * (latent or each), heads * (get("v_head_dim") or each)
 
 def windows(
-    model:nn.Module,
-) -> list:    # of each block: tokens it looks back on, 0 for all of them; a string for what is no such attention
+    model:nn.Module, # with or without an adapter
+) -> list:           # of each block: tokens it looks back on, 0 for all of them; a string for what is no such attention
     "How far each block sees."
     config = bare(model).config.get_text_config()
     near, chunk = getattr(config, "sliding_window", None) or 0, getattr(config, "attention_chunk_size", None) or 0
@@ -128,13 +130,14 @@ class Price:
                 "head": work.scored * np.array(self.head), "adapter": work.cells * np.array(self.adapter)}
         return {k: float(x[list(passes)].sum()) for k, x in each.items()}
 
+# %% ../../nbs/08_train/07_flops.ipynb #cell-017
 def _made(x:Tensor) -> bool: return x.requires_grad or x.device.type != "meta" and bool(x.isfinite().all())
 
 def price(
-    model:nn.Module,   # with an adapter
-    method:Method,
-    view,              # what the loss sees
-    batch,             # any PairBatch on the model's device: a small one will do
+    model:nn.Module, # with an adapter
+    method:Method,   # whose loss is taken
+    view,            # what the loss sees
+    batch,           # any PairBatch on the model's device: a small one will do
 ) -> Price:
     "Run one forward and read off the graph what a step computes; no gradient is taken, and the model is as before."
     training, head = model.training, bare(model).get_output_embeddings()
@@ -212,7 +215,7 @@ def grid(
 def fed(
     pairs,              # TokenPairs in the order of the run
     micro:int,          # pairs in a forward
-    layout:str,
+    layout:str,         # concat, shared or packed
     looks,              # the windows there are
     whole:bool=True,    # are hidden looks computed and thrown away? Under a mask and in eager attention they are
 ) -> Work:
@@ -226,19 +229,19 @@ def fed(
 
 # %% ../../nbs/08_train/07_flops.ipynb #f-018
 def spent(
-    found:Price,
-    work:Work,            # fed
-    live:bool=False,      # does the reference run in every step?
+    found:Price,              # as from `price`
+    work:Work,                # fed
+    live:bool=False,          # does the reference run in every step?
     checkpointing:bool=False, # are blocks recomputed?
-) -> dict[str, float]:    # part -> FLOPs; parts of nothing are left out
+) -> dict[str, float]:        # part -> FLOPs; parts of nothing are left out
     "What steps compute, by part."
     again = found.flops(work, 2)
     parts = found.flops(work, 0, 1) | {"again": sum(again.values()) if checkpointing else again["head"], "reference": live * passed(found, work)}
     return {k: v for k, v in parts.items() if v}
 
 def passed(
-    found:Price,
-    work:Work,
-) -> float: # FLOPs
+    found:Price, # as from `price`
+    work:Work,   # needed or fed, as the pass is to be counted
+) -> float:      # FLOPs
     "One forward of the reference."
     return sum(v for k, v in found.flops(work, 0).items() if k != "adapter")

@@ -34,7 +34,9 @@ class Edit(nn.Module):
         super().__init__()
         self.on, self.scale = True, 1.0
 
-    def forward(self, h:Float[Tensor, "b t h"]) -> Float[Tensor, "b t h"]:
+    def forward(self,
+        h:Float[Tensor, "b t h"], # the states here, of any float type
+    ) -> Float[Tensor, "b t h"]:  # of the same type
         "The states after the edit; the very same tensor while it is off."
         if not self.on: return h
         with torch.autocast(h.device.type, enabled=False):
@@ -52,15 +54,22 @@ class Vector(Edit):
         super().__init__()
         self.unit, self.v = unit, nn.Parameter(torch.zeros(width))
 
-    def change(self, x): return self.unit * self.v
+    def change(self,
+        x, # the states, fp32, b t h; not looked at
+    ):     # what is added to each of them at scale 1: h
+        return self.unit * self.v
 
-    def set_to(self, size:float, noise:torch.Generator) -> None:
+    def set_to(self,
+        size:float,            # of a coordinate, as a share of the states' root mean square; below 0: turned round
+        noise:torch.Generator, # on the CPU
+    ) -> None:
         "A random vector whose coordinates have `size` times the states' root mean square; 0: nothing."
         self.v.copy_(size * torch.randn(self.v.shape, generator=noise).to(self.v))
 
     @property
     def moved(self) -> bool: return bool(self.v.detach().any())
 
+# %% ../../nbs/08_train/02_intervene.ipynb #cell-007
 class LowRank(Edit):
     "LoReFT: inside r orthonormal directions, the state becomes a linear function of itself."
     def __init__(self,
@@ -79,11 +88,16 @@ class LowRank(Edit):
         q, upper = torch.linalg.qr(self.A.T)
         return (q * upper.diagonal().sign()).T
 
-    def change(self, x):
+    def change(self,
+        x, # the states, fp32, b t h
+    ):     # what is added to them at scale 1: b t h
         R = self.R
         return F.linear(x, self.W - R, self.unit * self.b) @ R
 
-    def set_to(self, size:float, noise:torch.Generator) -> None:
+    def set_to(self,
+        size:float,            # length of a row of W − R, on average, where R's have length 1; below 0: turned round
+        noise:torch.Generator, # on the CPU
+    ) -> None:
         "W off R by rows of a given size in a random direction; 0: the identity."
         away = torch.randn(self.W.shape, generator=noise) / self.W.shape[1] ** 0.5
         self.W.copy_(self.R + size * away.to(self.W))
@@ -97,7 +111,7 @@ KINDS = (*EDITS, "prompt")
 
 # %% ../../nbs/08_train/02_intervene.ipynb #i-009
 def splice(
-    ids:Int[Tensor, "b t"],
+    ids:Int[Tensor, "b t"],    # token ids, padded on either side
     mask:Int[Tensor, "b t"],   # 1 where there is a token
     at:int,                    # tokens of each row that stay before
     new:tuple[int, ...],       # p ids to put in
@@ -142,7 +156,7 @@ class Intervention:
         if self.kind == "reft" and not 1 <= self.rank <= config.hidden_size:
             raise UserError(f"loreft: rank={self.rank}; it must lie between 1 and the model's width, {config.hidden_size}")
 
-# %% ../../nbs/08_train/02_intervene.ipynb #i-013
+# %% ../../nbs/08_train/02_intervene.ipynb #cell-016
 def _on_output(edit:Edit):
     "A hook that edits what a block passes on."
     def hook(module, args, out): return edit(out) if isinstance(out, Tensor) else (edit(out[0]), *out[1:])
@@ -155,11 +169,12 @@ def _on_input(edit:Edit):
         return args, kwargs | {"hidden_states": edit(kwargs["hidden_states"])}
     return hook
 
+# %% ../../nbs/08_train/02_intervene.ipynb #i-013
 class Intervened(nn.Module):
     "A frozen causal LM with an intervention on it. **The model is changed in place**; `unload` gives it back as it was."
     def __init__(self,
         model:nn.Module,         # base model
-        config:Intervention,
+        config:Intervention,     # what to put on it, and where
         seed:int=0,              # of the directions of reft
     ):
         super().__init__()
@@ -210,7 +225,10 @@ class Intervened(nn.Module):
         self._hooks, self.edits = [], {}
         return self.edited_model
 
-    def forward(self, *args, **kwargs):
+    def forward(self,
+        *args,     # to the model's own forward; with a text nothing but the token ids
+        **kwargs,  # to the model's own forward; with a text no position_ids and no cache
+    ):             # what that returns
         "The model's own forward; with a text, on rows that hold it, and with the logits of the row's own tokens."
         if self.insertion is None: return self.edited_model(*args, **kwargs)
         ids, mask = kwargs.pop("input_ids", args[0] if args else None), kwargs.pop("attention_mask", None)
@@ -226,7 +244,11 @@ class Intervened(nn.Module):
         out.logits = out.logits.gather(1, column[:, :, None].expand(-1, -1, out.logits.shape[-1]))
         return out
 
-    def generate(self, input_ids=None, attention_mask=None, **kwargs):
+    def generate(self,
+        input_ids=None,      # token ids of the prompts, b t
+        attention_mask=None, # b t, 1 where there is a token; None: with a text everywhere, else as the model guesses
+        **kwargs,            # to the model's own generate; with a text one sequence a prompt
+    ):                       # token ids: the prompts as they were given, then what is new
         "The model's own generate; a text is put in before and taken out again after."
         if self.insertion is None: return self.edited_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -234,11 +256,18 @@ class Intervened(nn.Module):
         out = self.edited_model.generate(input_ids=longer, attention_mask=seen, **kwargs)
         return torch.cat([out[:, :longer.shape[1]].gather(1, place), out[:, longer.shape[1]:]], 1)
 
-    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+    def state_dict(self,
+        *args,     # not looked at; PyTorch's own takes some
+        **kwargs,  # not looked at
+    ) -> dict[str, Tensor]: # LAYER.PARAMETER -> its values, not a copy
         "The edits' parameters, by layer; the base model's belong to somebody else."
         return {f"{k}.{name}": p.detach() for k, edit in self.edits.items() for name, p in edit.named_parameters()}
 
-    def load_state_dict(self, state:dict[str, Tensor], strict:bool=True, assign:bool=False):
+    def load_state_dict(self,
+        state:dict[str, Tensor], # as from `state_dict`: the same names and shapes
+        strict:bool=True,        # not looked at: always strict
+        assign:bool=False,       # not looked at: always copied
+    ):                           # no keys missing, none unexpected
         "Take on an edit's parameters."
         own = {f"{k}.{name}": p for k, edit in self.edits.items() for name, p in edit.named_parameters()}
         wrong = sorted(set(own) ^ set(state)) or [n for n, p in own.items() if p.shape != state[n].shape]
@@ -249,7 +278,7 @@ class Intervened(nn.Module):
 
 # %% ../../nbs/08_train/02_intervene.ipynb #i-022
 def save_intervention(
-    model:Intervened,
+    model:Intervened, # whose intervention is saved, not the model itself
     folder:str|Path,  # intervention.json and intervention.safetensors are written here
 ) -> Path:
     "Save what was put on the model."

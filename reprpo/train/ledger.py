@@ -71,7 +71,7 @@ class Ledger(TorchDispatchMode):
 PACKED = ("Int8Params", "Params4bit")
 
 def blank(
-    x:Tensor,
+    x:Tensor,                    # a tensor or a parameter; its numbers are not read
     device=None,                 # None: the tensor's own
     dtype:torch.dtype|None=None, # of a parameter; None: the tensor's own
 ) -> Tensor:                     # of the same shape and strides
@@ -81,14 +81,14 @@ def blank(
     return nn.Parameter(new, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else new
 
 def tensors_of(
-    model:nn.Module,
-) -> list[Tensor]: # each once
+    model:nn.Module, # any module, with all that are in it
+) -> list[Tensor]:   # each once
     "Parameters, buffers, and tensors that modules keep as plain attributes."
     found = {id(x): x for m in model.modules() for d in (m._parameters, m._buffers, vars(m)) for x in d.values() if isinstance(x, Tensor)}
     return list(found.values())
 
 def weight_bytes(
-    model:nn.Module,
+    model:nn.Module, # any module; an adapter on it counts
 ) -> int:
     "Bytes of all of a model's tensors, shared ones once."
     return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors_of(model)}.values())
@@ -99,7 +99,7 @@ def _plain(layer:nn.Module, device) -> nn.Linear:
     return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device=device, dtype=dtype).requires_grad_(False)
 
 def twin(
-    model:nn.Module,
+    model:nn.Module,             # to copy; only read
     device=None,                 # of its tensors; None: where the model's are
     dtype:torch.dtype|None=None, # of its weights; None: the model's
 ) -> nn.Module:
@@ -142,8 +142,8 @@ def container_room(
     return None
 
 def free_memory(
-    device="cpu",
-) -> int: # bytes
+    device="cpu", # a torch device or its name; but for cuda and mps, of the machine or its container
+) -> int:         # bytes
     "What a run could still take on a device."
     device = torch.device(device)
     if device.type == "cuda":
@@ -153,8 +153,8 @@ def free_memory(
     return system if room is None else min(room, system)
 
 def peak_memory(
-    device="cpu",
-) -> int: # bytes
+    device="cpu", # a torch device or its name; all but cuda: of this process
+) -> int:         # bytes
     "The most that was in use: of the GPU since `torch.cuda.reset_peak_memory_stats`, of the process since its start."
     if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device)
     try: import resource

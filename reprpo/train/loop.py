@@ -68,44 +68,83 @@ def training_arguments(
     args._n_gpu = min(args._n_gpu, 1)
     return args
 
+# %% ../../nbs/08_train/07_loop.ipynb #cell-007x
 def is_logged(
-    config:TrainConfig,
+    config:TrainConfig, # steps, log_every and save_every
     step:int,           # counted from 1
 ) -> bool:
     "Is a line written after this step? After the first and the last, every `log_every`, and before every checkpoint."
     return step == 1 or step >= config.steps or step % config.log_every == 0 or bool(config.save_every and step % config.save_every == 0)
 
+# %% ../../nbs/08_train/07_loop.ipynb #cell-009x
 class RunChecks(TrainerCallback):
     "Asserts what must hold around the first step, and logs at the last step and before every checkpoint."
-    def __init__(self, config:TrainConfig, label:str): self.config, self.label, self.seen = config, label, False
+    def __init__(self,
+        config:TrainConfig, # of the run
+        label:str,          # of the method, for messages
+    ): self.config, self.label, self.seen = config, label, False
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self,
+        args,       # TrainingArguments; not used
+        state,      # TrainerState; not used
+        control,    # TrainerControl; not used
+        model=None, # the policy, maybe wrapped
+        **kwargs,   # what else the Trainer tells its callbacks; not used
+    ):
         if self.config.checkpointing: bare(model).disable_input_require_grads() # the Trainer has turned it on, as reentrant checkpointing needs
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_pre_optimizer_step(self,
+        args,           # TrainingArguments; not used
+        state,          # TrainerState: is this the first step?
+        control,        # TrainerControl; not used
+        model=None,     # the policy, with the step's gradients
+        optimizer=None, # torch optimiser; None: it is not looked at
+        **kwargs,       # what else the Trainer tells its callbacks; not used
+    ):
         if self.seen: return
         self.seen = True
         self.look(model, optimizer, state.global_step == 0)
 
-    def look(self, model:nn.Module, optimizer, begins:bool) -> None:
+    def look(self,
+        model:nn.Module, # with an adapter
+        optimizer,       # torch optimiser; None: it is not looked at
+        begins:bool,     # is this the first step of the run? Then a gradient must not be 0
+    ) -> None:
         "What must hold before the first update."
         if optimizer is not None: check_optimised(model, optimizer)
         if begins: check_gradient(model, self.label)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self,
+        args,     # TrainingArguments; not used
+        state,    # TrainerState: the step that has ended
+        control,  # TrainerControl; **changed in place**, to have a line written
+        **kwargs, # what else the Trainer tells its callbacks; not used
+    ):
         if is_logged(self.config, state.global_step): control.should_log = True
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self,
+        args,     # TrainingArguments: the folder of checkpoints
+        state,    # TrainerState: the step, and whether this process writes
+        control,  # TrainerControl; not used
+        **kwargs, # what else the Trainer tells its callbacks; not used
+    ):
         if state.is_world_process_zero: (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
 
 # %% ../../nbs/08_train/07_loop.ipynb #cell-007
 class Balancer(TrainerCallback, ExportableState):
     "Keeps the weight of the hidden part over a run; it is saved in every checkpoint, with the Trainer's own state."
-    def __init__(self, rule:Balance): self.rule, self.now = rule, rule.start()
+    def __init__(self,
+        rule:Balance, # how the weight follows from measurements
+    ): self.rule, self.now = rule, rule.start()
 
     def state(self) -> dict: return {"args": {}, "attributes": asdict(self.now)}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self,
+        args,     # TrainingArguments; not used
+        state,    # TrainerState: the step, and what a checkpoint holds of this callback
+        control,  # TrainerControl; not used
+        **kwargs, # what else the Trainer tells its callbacks; not used
+    ):
         kept = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and kept: self.now = Weight(**kept["attributes"])
 
@@ -116,18 +155,34 @@ class Balancer(TrainerCallback, ExportableState):
 # %% ../../nbs/08_train/07_loop.ipynb #cell-l07
 class Learned(TrainerCallback):
     "A transform that learns beside the adapter: its gradients are given up after a step, its weights go into every checkpoint."
-    def __init__(self, transform:nn.Module):
+    def __init__(self,
+        transform:nn.Module, # that learns; how far it moves is measured from where it is now
+    ):
         self.transform, self.grad = transform, None
         self.start = [p.detach().clone() for p in transform.parameters()]
 
-    def on_step_end(self, args, state, control, **kwargs): self.transform.zero_grad(set_to_none=True)
+    def on_step_end(self,
+        args,     # TrainingArguments; not used
+        state,    # TrainerState; not used
+        control,  # TrainerControl; not used
+        **kwargs, # what else the Trainer tells its callbacks; not used
+    ): self.transform.zero_grad(set_to_none=True)
 
-    def on_save(self, args, state, control, **kwargs): self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+    def on_save(self,
+        args,     # TrainingArguments: the folder of checkpoints
+        state,    # TrainerState: the step
+        control,  # TrainerControl; not used
+        **kwargs, # what else the Trainer tells its callbacks; not used
+    ): self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
-    def save(self, folder:Path) -> None:
+    def save(self,
+        folder:Path, # there already; transform.safetensors is written here
+    ) -> None:
         save_file({k: v.detach().cpu().contiguous() for k, v in self.transform.state_dict().items()}, folder / "transform.safetensors")
 
-    def load(self, folder:Path) -> None: self.transform.load_state_dict(load_file(folder / "transform.safetensors"))
+    def load(self,
+        folder:Path, # with the transform.safetensors that `save` wrote
+    ) -> None: self.transform.load_state_dict(load_file(folder / "transform.safetensors"))
 
     def logs(self) -> dict[str, float]:
         "Root mean square of what a weight has changed by since the start, and the norm of their last gradient."
@@ -141,13 +196,13 @@ class PairTrainer(Trainer):
     checks = RunChecks
 
     def __init__(self,
-        model:nn.Module,     # PeftModel
-        args:TrainingArguments,
-        method:Method,       # what to minimise
-        config:TrainConfig,  # settings
-        feed:Feed,           # pairs, view, reference
-        progress:Progress|None=None,
-        metrics:Path|None=None, # file for the rows of metrics
+        model:nn.Module,             # PeftModel, or another that carries an adapter; **trained in place**
+        args:TrainingArguments,      # as from `training_arguments`
+        method:Method,               # what to minimise
+        config:TrainConfig,          # settings
+        feed:Feed,                   # pairs, view, reference
+        progress:Progress|None=None, # shows the rows of metrics; None: nothing is shown
+        metrics:Path|None=None,      # file for the rows of metrics; None: they are in `history` only
     ):
         rule = balance_rule(method)
         self.balancer, self.coming = Balancer(rule) if rule else None, None
@@ -165,7 +220,11 @@ class PairTrainer(Trainer):
         self.early, self.ruled = not method.needs_logps and args.world_size == 1, {}
         self.tied = not method.needs_logps and not self.early
 
-    def source(self, model:nn.Module, config:TrainConfig, feed:Feed) -> tuple:
+    def source(self,
+        model:nn.Module,    # that will read the rows
+        config:TrainConfig, # layout, steps, batch_size and seed
+        feed:Feed,          # pairs, and the id that fills rows up
+    ) -> tuple:             # PairCollator, RowStream
         "How rows become a micro-batch, and the rows of the whole run."
         layout = choose_layout(model, feed.tokens, config.layout, config.batch_size)[0]
         return PairCollator(feed.tokens, feed.pad, layout), RowStream(len(feed.tokens), config.steps * config.batch_size, config.seed)
@@ -189,7 +248,7 @@ class PairTrainer(Trainer):
 
     def states(self,
         model:nn.Module, # that runs the policy
-        batch:PairBatch,
+        batch:PairBatch, # the micro-batch, on the device
         rows,            # of the data
         logps=True,      # as in `forward_states`
     ) -> tuple:          # States of the reference, of the policy
@@ -212,14 +271,14 @@ class PairTrainer(Trainer):
         return "aside" if is_logged(self.config, step) else False
 
     def take_in(self,
-        meter:Meter,
-        pi,         # States of the policy
-        ref,        # States of the reference
+        meter:Meter,           # that takes it in
+        pi,                    # States of the policy
+        ref,                   # States of the reference
         per_pair:torch.Tensor, # "b"
-        terms:dict, # as the method's loss gives them
-        rows,       # of the data
-        logps,      # as `logps_at` says
-        tokens:int, # in these rows
+        terms:dict,            # as the method's loss gives them
+        rows,                  # of the data
+        logps,                 # as `logps_at` says
+        tokens:int,            # in these rows
     ) -> None:
         "Measure a micro-batch for the next line of the log; without log-probabilities, only watch it."
         step = self.state.global_step + 1
@@ -227,7 +286,12 @@ class PairTrainer(Trainer):
         else: meter.look(pi, per_pair, rows, step, tokens)
         if logps == "aside": meter.watch.compare(self.blind(pi, ref), per_pair.detach(), step)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self,
+        model,                   # that runs the policy
+        inputs,                  # from the collator, on the device
+        return_outputs=False,    # the Trainer's; not used
+        num_items_in_batch=None, # the Trainer's; not used, as every pair counts alike
+    ): # scalar: mean over the micro-batch
         logps = self.logps_at(self.state.global_step + 1)
         pi, ref, per_pair, terms, batch = self.losses(model, inputs, logps)
         if self.balancer and self.balancer.rule.strategy != "fixed": per_pair = weigh(terms, self.balancer.now.weight)
@@ -259,7 +323,9 @@ class PairTrainer(Trainer):
         self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
         return seconds
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self,
+        model=None, # whose weights it holds; None: the trainer's
+    ): # torch optimiser, with a transform's weights in a group of their own
         made = self.optimizer is not None
         super().create_optimizer(model)
         if self.learned and not made:
@@ -267,7 +333,9 @@ class PairTrainer(Trainer):
             self.optimizer.add_param_group({"params": list(self.feed.view.transform.parameters()), "lr": rate, "weight_decay": 0.0})
         return self.optimizer
 
-    def before_update(self, model:nn.Module) -> None:
+    def before_update(self,
+        model:nn.Module, # maybe wrapped; the gradients on it may be **changed in place**
+    ) -> None:
         "Between the last backward of a step and the clipping: a rule edits the gradients, and a transform's are clipped by themselves."
         if self.rule: self.ruled = self.rule.before_step(self.accelerator.unwrap_model(model))
         if self.learned: self.learned.grad = nn.utils.clip_grad_norm_(self.learned.transform.parameters(), self.config.clip or float("inf"))
@@ -276,11 +344,19 @@ class PairTrainer(Trainer):
         self.before_update(model)
         return super()._clip_grad_norm(model)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(self,
+        epoch_iterator, # over micro-batches
+        num_batches,    # of a step
+        device,         # for the Trainer's count of items
+    ): # the step's micro-batches, and that count
         self.coming, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         return self.coming, items
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(self,
+        model,                   # maybe wrapped; its gradients are added to
+        inputs,                  # a micro-batch, as from the collator
+        num_items_in_batch=None, # the Trainer's; handed on
+    ): # scalar: the micro-batch's part of the step's loss, without its graph
         step, coming, self.coming = self.state.global_step + 1, self.coming, None
         if coming and self.balancer and self.balancer.rule.due(step):
             self.balancer.now = self.balancer.rule.update(self.balancer.now, step, self.measure(model, coming))
@@ -306,7 +382,9 @@ class PairTrainer(Trainer):
         whole = self.accelerator.reduce(sum(found) / len(found), "mean")
         return measure_parts(whole[:1], whole[1:2], *whole[2:].chunk(2))
 
-    def floating_point_ops(self, inputs): return 0
+    def floating_point_ops(self,
+        inputs, # a micro-batch; not looked at
+    ): return 0 # the Trainer's own count is off: `train.cost` counts
 
     def _get_grad_norm(self, model, grad_norm=None):
         if not self.config.clip: self.before_update(model)
@@ -315,7 +393,10 @@ class PairTrainer(Trainer):
         if isinstance(norm, torch.Tensor): self.meter.watch.gradient(norm.detach(), self.state.global_step + 1)
         return norm
 
-    def log(self, logs, start_time=None):
+    def log(self,
+        logs,            # metric -> value, the Trainer's; ours are **added in place**
+        start_time=None, # the Trainer's; handed on
+    ):
         "Add our metrics to the Trainer's, write them down and show them."
         if "loss" not in logs: return
         now, tokens = time.time(), self.meter.tokens

@@ -48,9 +48,9 @@ from .trainer import Prepared, Trained, few_logps, finish, first_batch, opening,
 TOGETHER = {"cpu": 2048, "cuda": 16384} # tokens in one forward, up to which more runs share it
 
 def apart(
-    method:Method,
-    config:TrainConfig,
-) -> str:   # "" if nothing stands in the way
+    method:Method,      # to train with
+    config:TrainConfig, # of any of the runs
+) -> str:               # "" if nothing stands in the way
     "Why runs of a method can't share a forward."
     reasons = {"it puts no LoRA adapter on the model": method.edit, "a rule edits its gradients": method.rule, "its transform learns": learns_transform(method),
                "its adapter has dropout": config.dropout,
@@ -71,12 +71,12 @@ def in_one(
 
 # %% ../../nbs/08_train/11_many.ipynb #m-008
 def that_fit(
-    model:nn.Module,      # base model
-    method:Method,
-    config:TrainConfig,   # of one run
-    feed:Feed,
-    k:int,                # runs that would share a forward
-) -> int:                 # runs that can
+    model:nn.Module,    # base model
+    method:Method,      # to train with
+    config:TrainConfig, # of one run
+    feed:Feed,          # pairs, view, reference
+    k:int,              # runs that would share a forward
+) -> int:               # runs that can
     "As many runs as there is memory for."
     if k == 1: return 1
     whole = replace(config, batch_size=k * config.batch_size // config.accumulation(), micro_batch=None)
@@ -119,7 +119,11 @@ class StackCollator(PairCollator):
 
 class StackChecks(RunChecks):
     "What must hold before the first update of a stack."
-    def look(self, model, optimizer, begins):
+    def look(self,
+        model,     # Stacked, with its rows' gradients
+        optimizer, # torch optimiser
+        begins,    # is this the first step of the run? Then no member's gradient may be 0
+    ):
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
         if held != {id(row) for row in model.rows}: raise UserError("the optimiser must hold the members' rows and nothing else")
         dead = [k for k, row in enumerate(model.rows) if begins and not bool(row.grad.any())]
@@ -131,13 +135,13 @@ class StackTrainer(PairTrainer):
     checks = StackChecks
 
     def __init__(self,
-        stack:Stacked,
-        args,                      # TrainingArguments of one member
-        method:Method,
-        configs:list[TrainConfig], # of the members: they differ in seed and lr
-        feed:Feed,
-        progress:Progress|None=None,
-        metrics:Path|None=None,    # file for the rows of metrics, each with its member
+        stack:Stacked,               # the members on one model; **trained in place**
+        args,                        # TrainingArguments of one member; **changed in place** to the rows of all
+        method:Method,               # what each minimises
+        configs:list[TrainConfig],   # of the members: they differ in seed and lr
+        feed:Feed,                   # pairs, view, reference
+        progress:Progress|None=None, # shows the means over the members; None: nothing is shown
+        metrics:Path|None=None,      # file for the rows of metrics, each with its member; None: no file
     ):
         self.stack, self.configs, self.norms = stack, configs, None
         args.per_device_train_batch_size *= stack.k
@@ -145,18 +149,29 @@ class StackTrainer(PairTrainer):
         self.meters = [Meter(f"{method.label}, seed {c.seed}, lr {c.lr:g}", self.meter.beta, self.meter.where) for c in configs]
         self.sums, self.steps, self.seen = torch.zeros(stack.k, device=stack.device), 0, [0] * stack.k
 
-    def source(self, model, config, feed):
+    def source(self,
+        model,  # that will read the rows
+        config, # TrainConfig of the first member: layout, batch_size
+        feed,   # pairs, and the id that fills rows up
+    ): # StackCollator, StackStream
         layout = choose_layout(model, feed.tokens, config.layout, config.batch_size)[0]
         return StackCollator(feed.tokens, feed.pad, layout, self.stack.k), StackStream(len(feed.tokens), self.configs)
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self,
+        model=None, # the Trainer's; not used
+    ): # torch optimiser, with each member's weights in a group of their own
         if self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = [{"params": [row], "lr": c.lr} for row, c in zip(self.stack.rows, self.configs)]
             self.optimizer = kind(groups, **settings | {"weight_decay": self.args.weight_decay})
         return self.optimizer
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self,
+        model,                   # that runs the policy
+        inputs,                  # from the collator, on the device
+        return_outputs=False,    # the Trainer's; not used
+        num_items_in_batch=None, # the Trainer's; not used, as every pair counts alike
+    ): # scalar: sum over the members of each one's mean over its pairs
         batch, logps = PairBatch.from_dict(inputs["batch"]), self.logps_at(self.state.global_step + 1)
         ref = self.feed.reference(self.accelerator.unwrap_model(model), batch, inputs["rows"], logps)
         pi, size, losses = self.feed.view.policy(model, batch, logps), batch.b // self.stack.k, []
@@ -181,7 +196,10 @@ class StackTrainer(PairTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         return self._clip_grad_norm(model) if grad_norm is None else grad_norm
 
-    def log(self, logs, start_time=None):
+    def log(self,
+        logs,            # metric -> value, the Trainer's; of these only the learning rate is taken over
+        start_time=None, # the Trainer's; handed on
+    ):
         "A row for each member; the mean over the members is shown."
         if "loss" not in logs: return
         now, tokens, step = time.time(), sum(m.tokens for m in self.meters), self.state.global_step
@@ -202,10 +220,10 @@ class StackTrainer(PairTrainer):
 # %% ../../nbs/08_train/11_many.ipynb #m-013
 def look_first(
     model:nn.Module,           # base model
-    method:Method,
+    method:Method,             # whose runs they are
     configs:list[TrainConfig], # of the members
     ready:Prepared,            # with the first member's first micro-batch
-    bar:Progress,
+    bar:Progress,              # shows what there is to say
 ) -> tuple[StepZero, list[CostCard|None]]: # of the first member; a card for each
     "The opening of the runs, with the first member's adapter on as PEFT puts it."
     peft = add_adapter(model, configs[0], configs[0].seed)
@@ -216,11 +234,11 @@ def look_first(
         if configs[0].checkpointing: recompute(model, False)
 
 def stack_logps(
-    stack:Stacked,
-    feed:Feed,
+    stack:Stacked, # the members on one model
+    feed:Feed,     # pairs, and the id that fills rows up
     each:list,     # PairBatch of each member, all of one size
-    layout:str,
-) -> list[torch.Tensor]: # for each member, those of chosen answers first
+    layout:str,    # as in `collate`
+) -> list[torch.Tensor]: # in nats; for each member, those of chosen answers first
     "What each member of a stack gives its own batch: log-probabilities."
     rows = [batch.rows.tolist() for batch in each]
     batch = collate_stack([[feed.tokens[i] for i in part] for part in rows], rows, feed.pad, layout).to(stack.device)
@@ -231,7 +249,7 @@ def check_member(
     peft:nn.Module,      # the base model with the member's adapter
     batch,               # PairBatch that the stack has scored
     scores:torch.Tensor, # the stack's
-    label:str,
+    label:str,           # of the member, for the message
 ) -> None:
     "A member on its own must score as it did in the stack."
     gap, near = (few_logps(peft, batch) - scores).abs().max().item(), 1e-2 if is_exact(peft) else 1.0
@@ -239,13 +257,13 @@ def check_member(
 
 # %% ../../nbs/08_train/11_many.ipynb #m-213
 def step_together(
-    stack:Stacked,
-    method:Method,
+    stack:Stacked,             # the members on one model; **trained in place**
+    method:Method,             # whose runs they are
     configs:list[TrainConfig], # of the members
-    feed:Feed,
+    feed:Feed,                 # pairs, view, reference
     folder:Path,               # for checkpoints/ and metrics.jsonl
-    point:Path|None,           # checkpoint to go on from
-    bar:Progress,
+    point:Path|None,           # checkpoint to go on from; None: from the start
+    bar:Progress,              # shows the rows of metrics
 ) -> tuple[StackTrainer, float]: # with the tokens that each has seen; a member's share of the seconds
     "Run the loop on all members."
     args = training_arguments(configs[0], folder / "checkpoints", stack.device)
@@ -254,15 +272,16 @@ def step_together(
         trainer = StackTrainer(stack, args, method, configs, feed, bar, folder / "metrics.jsonl")
         return trainer, trainer.go(point) / stack.k
 
+# %% ../../nbs/08_train/11_many.ipynb #cell-017
 def train_stack(
-    model:nn.Module,           # base model
-    method:Method,
+    model:nn.Module,           # base model; as it was again on return
+    method:Method,             # whose runs they are
     configs:list[TrainConfig], # settled; they differ in seed and lr
-    ready:Prepared,
+    ready:Prepared,            # as from `prepare`, for the first member
     folder:Path,               # for checkpoints and the rows of all members
     homes:list[Path],          # for each member's adapter/ and metrics.jsonl
-    progress:bool=True,
-) -> list[Trained]:
+    progress:bool=True,        # show the table or the lines
+) -> list[Trained]:            # in the order of the configurations
     "Train several runs in one forward."
     start, feed, first, use_cache = time.time(), ready.feed, configs[0], model.config.use_cache
     identity = dict(method=method.label, config=content_hash(*map(str, configs)), pairs=feed.tokens.hash, model=fingerprint(model))

@@ -36,7 +36,9 @@ from .table import LAYERS
 from .rows import divisors, row_lengths, token_pairs, worst_rows
 
 # %% ../../nbs/08_train/07_memory.ipynb #m-009
-def size(n:float) -> str:
+def size(
+    n:float, # bytes
+) -> str:
     "Bytes for people."
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
         if n >= unit: return f"{n/unit:.3g} {name}"
@@ -91,9 +93,9 @@ class MemoryEstimate:
 
 # %% ../../nbs/08_train/07_memory.ipynb #m-011
 def dressed(
-    model:nn.Module,     # base model, on any device or none
-    method:Method,
-    config:TrainConfig,  # the adapter's settings
+    model:nn.Module,    # base model, on any device or none
+    method:Method,      # what it puts on the model: LoRA, edits of states, or a text, which takes no weights
+    config:TrainConfig, # the adapter's settings
 ) -> tuple[nn.Module, dict]: # a copy on `meta`, with its LoRA adapter; edits of states by layer
     "The model's shape with what will be put on it."
     base = twin(model, "meta").requires_grad_(False).eval()
@@ -125,10 +127,10 @@ def recompute(
     model.disable_input_require_grads()
 
 def loss_of(
-    method:Method,
-    pi,     # States of the policy
-    ref,    # States of the reference
-):          # scalar
+    method:Method, # whose loss is taken
+    pi,            # States of the policy
+    ref,           # States of the reference
+): # scalar: mean over the pairs
     "The method's loss, or where it needs values, a sum of what it reads."
     try: return method.loss_fn(pi, ref)[0].mean()
     except UserError: raise
@@ -144,10 +146,11 @@ def half_products():
         yield
     finally: logprobs._operands, logprobs._product = kept
 
-# %% ../../nbs/08_train/07_memory.ipynb #m-012
+# %% ../../nbs/08_train/07_memory.ipynb #cell-009
 Worst = tuple[int, dict[str, int]] # bytes at the worst moment of a phase, and what they are for
 first = itemgetter(0)
 
+# %% ../../nbs/08_train/07_memory.ipynb #m-012
 class Rehearsal:
     "The phases of a run on a twin; lives inside `pretence`."
     def __init__(self,
@@ -168,11 +171,15 @@ class Rehearsal:
         for x in tensors_of(self.model): ledger.hold(x, "adapter" if id(x) in own else "weights")
         return ledger
 
-    def empty(self, batch:PairBatch) -> PairBatch:
+    def empty(self,
+        batch:PairBatch, # on the host
+    ) -> PairBatch:
         "The shapes of a batch, on the device."
         return PairBatch(**{k: blank(v, self.device) for k, v in batch.as_dict().items()})
 
-    def check(self, batch:PairBatch) -> Worst:
+    def check(self,
+        batch:PairBatch, # on the host; its first row is taken
+    ) -> Worst:
         "The logits of one whole row, which the head is checked by."
         ledger, ids, plain = self.begin(), self.empty(batch).ids[:1], bare(self.model)
         hidden = torch.empty(*ids.shape, plain.config.get_text_config().hidden_size, dtype=plain.dtype, device=self.device)
@@ -180,7 +187,9 @@ class Rehearsal:
         with ledger, torch.no_grad(): own_logps(head, ids)
         return ledger.mark()
 
-    def store(self, batch:PairBatch) -> Worst:
+    def store(self,
+        batch:PairBatch, # on the host; the one that a pass over all pairs begins with
+    ) -> Worst:
         "One pass that stores the reference, beside the states of all pairs where they are on the same device."
         ledger, batch, view, pairs = self.begin(), self.empty(batch), self.view, len(self.plan.pairs)
         ledger.kind = "reference"
@@ -191,7 +200,9 @@ class Rehearsal:
         beside = self.kept if self.plan.device.type == "cpu" else 0
         return peak + beside, parts | {"reference": parts["reference"] + beside}
 
-    def zero(self, batch:PairBatch) -> Worst:
+    def zero(self,
+        batch:PairBatch, # on the host; a micro-batch
+    ) -> Worst:
         "The step-zero table where its forward is another one, without autocast and dropout: the graph stays while gradients are taken."
         ledger, batch = self.begin(), self.empty(batch)
         self.model.eval()
@@ -201,7 +212,10 @@ class Rehearsal:
             gradient_norms({"loss": loss_of(self.plan.method, pi, own_reference(self.plan.method, pi))}, self.learn)
         return ledger.mark()
 
-    def step(self, batch:PairBatch, accumulate:bool) -> dict[str, Worst]:
+    def step(self,
+        batch:PairBatch, # on the host; a micro-batch
+        accumulate:bool, # is it one of several in a batch? Then the weights have gradients already
+    ) -> dict[str, Worst]: # by phase: step zero, training
         "One micro-batch: the step-zero table, and forward and backward with the optimiser in place."
         cast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.plan.config.precision)
         apart = self.plan.early or bool(cast) or any(isinstance(m, nn.Dropout) and m.p for m in self.model.modules())
@@ -235,10 +249,10 @@ class Rehearsal:
 class Plan:
     "What a run will do, in shapes."
     model:nn.Module             # base model
-    method:Method
+    method:Method               # to train with
     config:TrainConfig          # with layers and steps
     view:View                   # what the loss sees
-    pairs:list[TokenPair]
+    pairs:list[TokenPair]       # to train on; of zeros where only their lengths are known
     device:torch.device         # that the run is for
     reference:str               # store: it is stored first; stored: it is there already; live: it is a second forward
     free:int|None = None        # bytes on the device; None: as many as it takes
@@ -246,7 +260,16 @@ class Plan:
     early:bool = False          # does the policy's forward end at the highest site?
 
     @classmethod
-    def of(cls, model, tokens, method, config, view=None, device=None, reference=None, free=None) -> "Plan": # as for estimate_memory
+    def of(cls,
+        model,          # base model, loaded or on the device `meta`
+        tokens,         # TokenSet, or (prompt, chosen, rejected) lengths of every pair
+        method,         # anything Method.parse reads
+        config,         # TrainConfig; the method's layers and steps go before its own
+        view=None,      # what the loss sees; None: made for the method
+        device=None,    # that the run is for; None: where the model is, or of a model on `meta` the GPU if there is one
+        reference=None, # store, stored (before this run) or live; None: as the configuration says
+        free=None,      # bytes on the device; None: as many as it takes
+    ) -> "Plan":
         "Fill in what is not given."
         method, pairs, home = Method.parse(method), token_pairs(tokens), bare(model).device
         layout = cheapest(pairs, config.batch_size) if config.layout == "auto" else config.layout
@@ -255,15 +278,21 @@ class Plan:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu") if device or home.type == "meta" else home)
         return cls(model, method, config, view or make_view(model, method, config.layers, tokens), pairs, device, reference, free, early=not method.needs_logps)
 
-    def batch(self, rows:list[int]) -> PairBatch:
+    def batch(self,
+        rows:list[int], # indices of pairs
+    ) -> PairBatch:     # on the host
         "Some pairs as a batch."
         return collate([self.pairs[i] for i in rows], rows, 0, self.config.layout)
 
-    def keeps(self, size:int) -> bool:
+    def keeps(self,
+        size:int, # bytes of these states
+    ) -> bool:
         "Do all pairs' states stay on the device? On a GPU if they take less than a tenth of it; on a CPU they are read from the file."
         return self.device.type == "cuda" and self.reference != "live" and (self.free is None or size < self.free // 10)
 
-    def longest(self, pairs:int) -> PairBatch:
+    def longest(self,
+        pairs:int, # in a pass
+    ) -> PairBatch:
         "The batch that the passes over all pairs begin with."
         return self.batch(np.argsort(-row_lengths(self.pairs, "concat"), kind="stable")[:pairs].tolist())
 
@@ -281,9 +310,10 @@ class Plan:
         first = pair_order(len(self.pairs), self.config.batch_size, self.config.seed)
         return {m: self.batch(first[:m]).ids.numel() for m in divisors(self.config.batch_size)}
 
+# %% ../../nbs/08_train/07_memory.ipynb #cell-014
 def shorter(
-    worst:Worst,
-    share:float,   # of the cells
+    worst:Worst, # of the longer rows
+    share:float, # cells of the shorter rows as a share of theirs, in [0, 1]
 ) -> Worst:
     "The same with rows that are shorter."
     gone = int((1 - share) * worst[1].get("activations", 0))
@@ -291,7 +321,7 @@ def shorter(
 
 @contextmanager
 def staged(
-    plan:Plan,
+    plan:Plan, # that the twin is made for
 ): # Rehearsal
     "A twin in place; with none of the GPUs that the plan is for, the CPU stands in."
     dress, absent = dressed(plan.model, plan.method, plan.config), plan.device.type == "cuda" and not torch.cuda.is_available()
@@ -299,10 +329,10 @@ def staged(
         yield Rehearsal(plan, dress, torch.device("cpu") if absent else plan.device)
 
 def store_size(
-    stage,        # Rehearsal
-    longest:dict, # size -> the batch that passes of this size begin with
-    free:int|None,
-    resident:int,
+    stage,         # Rehearsal
+    longest:dict,  # size -> the batch that passes of this size begin with; falling
+    free:int|None, # bytes on the device, beside what is resident; None: as many as it takes
+    resident:int,  # bytes that are on the device before: the base model's
 ) -> tuple[int, Worst]: # pairs, and what they take
     "Pairs in a pass that stores the reference: as many as fit."
     kind = stage.plan.device.type
@@ -311,10 +341,11 @@ def store_size(
         if free is None or worst[0] + overhead(kind, worst[0]) - resident <= usable(kind) * free: return pairs, worst
     return pairs, worst
 
+# %% ../../nbs/08_train/07_memory.ipynb #cell-016
 @contextmanager
 def rehearsal(
-    plan:Plan,
-):
+    plan:Plan, # to estimate; only read
+): # pairs in a micro-batch, a size that divides the batch -> MemoryEstimate
     "Estimates of a plan's memory by the size of its micro-batch; one twin serves them all."
     config, kind, resident = plan.config, plan.device.type, weight_bytes(plan.model)
     worst, begins, row = plan.worst(), plan.opening(), plan.batch(pair_order(len(plan.pairs), 1, config.seed))
@@ -332,13 +363,13 @@ def rehearsal(
         yield estimate
 
 def estimate_memory(
-    model:nn.Module,      # base model, loaded or on the device `meta`
-    tokens,               # TokenSet, or (prompt, chosen, rejected) lengths of every pair
-    method,               # anything Method.parse reads
-    config:TrainConfig,
-    micro:int|None=None,  # pairs per forward pass; None: the configuration's, or the whole batch
-    view:View|None=None,  # what the loss sees; None: made for the method
-    device=None,          # that the run is for; None: where the model is
+    model:nn.Module,         # base model, loaded or on the device `meta`
+    tokens,                  # TokenSet, or (prompt, chosen, rejected) lengths of every pair
+    method,                  # anything Method.parse reads
+    config:TrainConfig,      # of the run
+    micro:int|None=None,     # pairs per forward pass; None: the configuration's, or the whole batch
+    view:View|None=None,     # what the loss sees; None: made for the method
+    device=None,             # that the run is for; None: where the model is, or of a model on `meta` the GPU if there is one
     reference:str|None=None, # store, stored (before this run) or live; None: as the configuration says
 ) -> MemoryEstimate:
     "The peak memory of a training run."

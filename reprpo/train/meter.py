@@ -152,7 +152,9 @@ class Meter:
         more = {"log-prob of chosen": pi.logp_cho, "log-prob of rejected": pi.logp_rej} | {f"term '{k}'": v for k, v in terms.items()}
         self.look(pi, per_pair, rows, step, tokens, more)
 
-    def read(self, reduce=lambda x: x) -> dict[str, float]: # reduce: sums over processes
+    def read(self,
+        reduce=lambda x: x, # adds a tensor up over all processes; by default there is one
+    ) -> dict[str, float]:  # metric -> mean; empty if no pair was measured
         "The means over the pairs measured since the last reading, all of them checked to be finite; then start again."
         self.watch.check(self.label, self.where)
         sums, pairs = self.sums, self.pairs

@@ -15,8 +15,8 @@ from functools import cached_property, partial
 
 from ..errors import UserError
 from .options import loss_options, read_options, takes_progress
-from .table import (BALANCE, COMPETITORS, DIRECTION, HIDDEN, LOSSES, LR, MODULES, NAMED, RULES, SHARED, STATES, about, class_of, find_loss, rule_kinds,
-                                split_name)
+from .table import (BALANCE, COMPETITORS, DIRECTION, HIDDEN, LOSSES, LR, MODULES, NAMED, RULES, SHARED, STATES, about, class_of,
+                                find_loss, rule_kinds, split_name)
 
 # %% ../../nbs/08_train/00_method.ipynb #cell-013
 @dataclass(frozen=True)
@@ -174,6 +174,7 @@ def competitor(
     sees = dict(source="hs", layers=values.get("layers", info.options["layers"]), reduce=values.get("reduce", "mean")) if name == "steer" else {}
     return Method(text, name, loss, {k: v for k, v in values.items() if k in own}, **sees, **shown, edit=info.kind, edit_options=given)
 
+# %% ../../nbs/08_train/00_method.ipynb #cell-010
 def transform_kinds(
     transform:str, # a name in TRANSFORMS, or several with + between them
 ) -> dict:         # option -> annotation
@@ -203,6 +204,7 @@ def learns_transform(
     if not method.needs_states or method.transform == "none": return False
     return any(given.get("learn", loss_options(kind).get("learn", (bool, False))[1]) for kind, given in transform_parts(method))
 
+# %% ../../nbs/08_train/00_method.ipynb #cell-012x
 def from_string(
     text:str, # "hs-none-inner:align=pars_rat,alpha=0.3"
 ) -> Method:
@@ -224,9 +226,10 @@ def from_string(
                     rule=rule, rule_options=part(RULES.get(rule, {})))
     return checked(method)
 
+# %% ../../nbs/08_train/00_method.ipynb #cell-014x
 def checked(
-    method:Method,
-) -> Method:
+    method:Method, # as read
+) -> Method:       # itself
     "The same method, if it can run."
     if method.repeat < 0: raise UserError(f"{method.label}: repeat={method.repeat}: the number of a repetition is 0, 1, 2, …")
     if method.transform_lr is not None:
@@ -242,6 +245,7 @@ def checked(
         raise UserError(f"{method.label}: the loss reads {plain[0]}, which is of the states themselves; write {method.source}-none-{method.name.split('-')[2]}")
     return method
 
+# %% ../../nbs/08_train/00_method.ipynb #cell-016x
 def from_function(
     function:Callable, # loss(pi, ref, *, …) -> (per pair, terms); `needs_states = False` on it skips the capture
 ) -> Method:

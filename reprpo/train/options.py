@@ -31,7 +31,9 @@ def split_options(
     if depth: raise UserError(f"brackets do not match in '{text}'")
     return [p.strip() for p in parts if p.strip()]
 
-def describe_kind(kind) -> str:
+def describe_kind(
+    kind,       # annotation: float, int, bool, str, None, Literal[…], or a union of them
+) -> str:
     "How a value of this annotation is written."
     if get_origin(kind) is Literal: return " | ".join(map(str, get_args(kind)))
     if get_origin(kind) in (Union, UnionType): return " | ".join(describe_kind(k) for k in get_args(kind))

@@ -53,7 +53,7 @@ def largest(
 
 # %% ../../nbs/08_train/07_preflight.ipynb #p-009
 def packed_bytes(
-    model:nn.Module,
+    model:nn.Module, # base model, loaded or on the device `meta`
     bits:float,      # that a weight takes, with its share of the scales
 ) -> int:            # bytes that would be saved
     "What quantising the linear layers of the blocks would save."
@@ -61,7 +61,7 @@ def packed_bytes(
     return int(sum(p.nbytes - p.numel() * bits / 8 for p in linear))
 
 def options(
-    plan:Plan,
+    plan:Plan, # as it is asked for
 ) -> dict[str, Plan]: # option -> the plan with it
     "What could be asked for instead."
     c, longest = plan.config, int(row_lengths(plan.pairs, "concat").max())
@@ -78,7 +78,7 @@ def options(
     return tried
 
 def effects(
-    plan:Plan,
+    plan:Plan,          # as it is asked for
     now:MemoryEstimate, # with none of them
 ) -> dict[str, int]:    # option -> bytes at the peak with it; those that save less than a twentieth are left out
     "What each remedy brings, and all of them together."
@@ -93,8 +93,9 @@ def effects(
     if quantised(plan.model) == "none": found["--quantize 4bit"] = now.peak - packed_bytes(plan.model, 4.5)
     return {k: v for k, v in found.items() if v < most}
 
+# %% ../../nbs/08_train/07_preflight.ipynb #cell-010
 def refusal(
-    plan:Plan,
+    plan:Plan,          # as it is asked for
     now:MemoryEstimate, # of the smallest micro-batch
     free:int,           # bytes
 ) -> str:
@@ -106,15 +107,15 @@ def refusal(
             + (f"; {told}" if told else "") + f"; --micro-batch {now.pairs} tries it all the same")
 
 def fit_micro_batch(
-    model:nn.Module,      # base model, loaded or on the device `meta`
-    tokens,               # TokenSet, or (prompt, chosen, rejected) lengths of every pair
-    method,               # anything Method.parse reads
-    config:TrainConfig,
-    free:int|None=None,   # bytes that the run may take beside the model; None: what is free
-    view:View|None=None,  # what the loss sees; None: made for the method
-    device=None,          # that the run is for; None: where the model is
+    model:nn.Module,         # base model, loaded or on the device `meta`
+    tokens,                  # TokenSet, or (prompt, chosen, rejected) lengths of every pair
+    method,                  # anything Method.parse reads
+    config:TrainConfig,      # of the run; its micro_batch is not looked at
+    free:int|None=None,      # bytes that the run may take beside the model; None: what is free
+    view:View|None=None,     # what the loss sees; None: made for the method
+    device=None,             # that the run is for; None: where the model is, or of a model on `meta` the GPU if there is one
     reference:str|None=None, # store, stored or live; None: as the configuration says
-) -> MemoryEstimate:      # its `pairs` are the micro-batch
+) -> MemoryEstimate:         # its `pairs` are the micro-batch
     "The largest micro-batch that fits; an error where none does."
     plan = Plan.of(model, tokens, method, config, view, device, reference)
     plan = replace(plan, free=free_memory(plan.device) if free is None else free)
@@ -127,10 +128,10 @@ KEPT = 160         # bytes that a step keeps for a token, a layer and a coordina
 CHEAP = 10**9      # bytes below which a run on a CPU is not looked at
 
 def rough_bytes(
-    model:nn.Module,
-    tokens,               # TokenSet, TokenPairs or lengths
-    config:TrainConfig,
-) -> int:
+    model:nn.Module,    # base model, loaded or on the device `meta`
+    tokens,             # TokenSet, TokenPairs or lengths
+    config:TrainConfig, # batch_size, micro_batch and layout
+) -> int:               # bytes
     "More than a run is likely to take beside its model."
     c, pairs = bare(model).config.get_text_config(), token_pairs(tokens)
     most, width = int(row_lengths(pairs, config.layout).max()), max(c.hidden_size, getattr(c, "intermediate_size", None) or 0) ** 0.5 * c.hidden_size ** 0.5
@@ -140,16 +141,17 @@ def rough_bytes(
     return int(max(step, pass_) + 4 * min(512, rows * most) * c.vocab_size * 4)
 
 def worth_it(
-    model:nn.Module,
-    tokens,               # TokenSet
-    config:TrainConfig,
-    free:int,             # bytes
+    model:nn.Module,    # base model, on its device
+    tokens,             # TokenSet
+    config:TrainConfig, # batch_size, micro_batch and layout
+    free:int,           # bytes on the device, beside the model
 ) -> bool:
     "Could this run be too large?"
     if bare(model).device.type == "cuda": return True
     rough = rough_bytes(model, tokens, config)
     return rough > CHEAP or rough > free // 2
 
+# %% ../../nbs/08_train/07_preflight.ipynb #cell-019
 @dataclass(frozen=True)
 class Preflight:
     "What was found before a run."
@@ -170,28 +172,29 @@ def _name(plan:Plan) -> str:
     return str((method, config, plan.view.sites, plan.reference, len(plan.pairs)))
 
 def remember(
-    plan:Plan,
-    found:MemoryEstimate,
+    plan:Plan,            # that was rehearsed
+    found:MemoryEstimate, # what came of it
 ) -> None:
     "Keep an estimate for the next run of the same kind."
     _known.setdefault(plan.model, {})[_name(plan)] = [b.ids.numel() for b in plan.worst().values()], found
 
 def recalled(
-    plan:Plan,
+    plan:Plan, # of the run to come; its `free` must be a number
 ) -> MemoryEstimate|None:
     "The estimate of an earlier run of this kind on this model, if its batches were as large or larger and it still fits."
     cells, found = _known.get(plan.model, {}).get(_name(plan), ((), None))
     longer = found is not None and all(old >= b.ids.numel() for old, b in zip(cells, plan.worst().values()))
     return found if longer and found.fits(plan.free) else None
 
+# %% ../../nbs/08_train/07_preflight.ipynb #cell-020
 def preflight(
-    model:nn.Module,      # base model, on its device
-    tokens,               # TokenSet
-    method:Method,
-    config:TrainConfig,   # settled
-    view:View,
+    model:nn.Module,       # base model, on its device
+    tokens,                # TokenSet
+    method:Method,         # to train with
+    config:TrainConfig,    # settled
+    view:View,             # what the loss sees
     reference:str="store", # store, stored or live
-    processes:int=1,      # that train together
+    processes:int=1,       # that train together
 ) -> Preflight:
     "Look at a run's memory, and choose its micro-batch where nobody has."
     free = free_memory(bare(model).device)
@@ -213,10 +216,10 @@ def preflight(
     return Preflight(config, found, f"{told}; micro-batch {found.pairs}" if fits else f"warning: {told}; it may not fit, try a smaller --micro-batch")
 
 def store_pairs(
-    model:nn.Module,      # base model, on its device
-    tokens,               # TokenSet
-    view:View,
-    config:TrainConfig,
+    model:nn.Module,    # base model, on its device
+    tokens,             # TokenSet
+    view:View,          # what to store
+    config:TrainConfig, # settled
 ) -> int:
     "Pairs in a pass that stores the reference, where no preflight has said."
     most, free = min(max(config.batch_size, 32), max(1, len(tokens))), free_memory(bare(model).device)

@@ -23,8 +23,8 @@ def in_notebook() -> bool:
 def svg_curve(
     values:list[float],    # over the steps
     width:int=240,         # pixels
-    height:int=60,
-    colour:str="#333",
+    height:int=60,         # pixels
+    colour:str="#333",     # of the line, as CSS writes it
     span:tuple|None=None,  # (lowest, highest) of the axis; None: of the values
 ) -> str:
     "A small line as SVG, without a plotting library."

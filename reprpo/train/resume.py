@@ -28,8 +28,8 @@ def newest_checkpoint(
     return best
 
 def keep_micro(
-    config:TrainConfig,
-    out,             # folder of the run; None: there is none
+    config:TrainConfig, # a micro_batch that it has itself stays
+    out,                # folder of the run; None: there is none
 ) -> TrainConfig:
     "With the micro-batch that an unfinished run in this folder has chosen, so that it ends as it began."
     known = Path(out or "") / "checkpoints" / "identity.json"

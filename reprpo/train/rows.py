@@ -21,21 +21,23 @@ def token_pairs(
     return [p if isinstance(p, TokenPair) else TokenPair(*([0] * n for n in p)) for p in tokens]
 
 def row_lengths(
-    pairs:list[TokenPair],
-    layout:str,           # concat: a row per answer; else both are in one
-) -> np.ndarray:          # tokens of each pair's longest row
+    pairs:list[TokenPair], # to measure
+    layout:str,            # concat: a row per answer; else both are in one
+) -> np.ndarray:           # tokens of each pair's longest row
     "How long a row each pair makes."
     return np.array([len(p.prompt) + len(p.chosen) + len(p.rejected) if layout != "concat" else p.longest for p in pairs])
 
-def divisors(n:int) -> list[int]:
+def divisors(
+    n:int, # at least 1
+) -> list[int]:
     "The whole numbers that divide n, rising."
     return [m for m in range(1, n + 1) if n % m == 0]
 
 def worst_rows(
-    pairs:list[TokenPair],
-    config:TrainConfig,   # steps, batch size, seed, layout
-    micro:int,            # pairs in a micro-batch
-) -> list[int]:           # their indices
+    pairs:list[TokenPair], # to train on
+    config:TrainConfig,    # steps, batch size, seed, layout
+    micro:int,             # pairs in a micro-batch
+) -> list[int]:            # their indices
     "The micro-batch of the run that keeps most alive."
     order, lengths = np.array(pair_order(len(pairs), config.steps * config.batch_size, config.seed)).reshape(-1, micro), row_lengths(pairs, config.layout)
     scored, size = np.array([sum(p.scored) for p in pairs])[order].sum(1), lengths[order].max(1)

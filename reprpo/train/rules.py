@@ -42,6 +42,7 @@ def logged(
     whole = sums[1].clamp(min=torch.finfo(sums.dtype).tiny)
     return {"rule/inside": sums[0] / whole, "rule/chance": sums[2] / whole}
 
+# %% ../../nbs/08_train/06_rules.ipynb #cell-007x
 class Rule:
     "Reads a model's LoRA layers in the reference's forward, and changes gradients; a context that takes its hooks off."
     def __init__(self):
@@ -79,33 +80,50 @@ class Rule:
         try: yield
         finally: self.phase = self.batch = self.weights = None
 
-    def reference(self, batch): # PairBatch -> a context
+    def reference(self,
+        batch, # PairBatch
+    ):         # a context
         "Around the reference's forward of a micro-batch: learn its directions."
         return self.during("reference", batch)
 
-    def policy(self, batch): # PairBatch -> a context
+    def policy(self,
+        batch, # PairBatch
+    ):         # a context
         "Around the policy's forward of the same micro-batch."
         return self.during("policy", batch)
 
-    def called(self, name, module, args, out) -> None:
+    def called(self,
+        name,   # of the layer
+        module, # the layer; not looked at
+        args,   # what it was called with; its states come first
+        out,    # what it returned, r t h
+    ) -> None:
         "A layer's forward hook."
         if self.phase is None or name in self.seen: return
         self.seen.add(name)
         if out.shape[:2] != self.batch.ids.shape: raise UserError(f"{name} does not see whole rows, as a gradient rule needs; choose other targets")
         getattr(self, f"see_{self.phase}")(name, args[0], out)
 
-    def pooled(self, x:Float[Tensor, "r t h"]) -> Float[Tensor, "c h"]: # chosen answers first
+    def pooled(self,
+        x:Float[Tensor, "r t h"], # what goes into a layer, or comes out
+    ) -> Float[Tensor, "c h"]:    # chosen answers first
         "The mean over each answer's scored tokens, fp32."
         return pool_tokens(scored(x.detach(), self.batch), self.batch.owner, self.batch.b, weights=self.weights)
 
-    def see_policy(self, name:str, x:Tensor, out:Tensor) -> None: "What to do with a layer's call in the policy's forward: nothing."
+    def see_policy(self,
+        name:str,   # of the layer
+        x:Tensor,   # what goes into it, r t h
+        out:Tensor, # what comes out, r t h
+    ) -> None: "What to do with a layer's call in the policy's forward: nothing."
 
     def forget(self) -> None: "Begin a new step."
 
 # %% ../../nbs/08_train/06_rules.ipynb #cell-007
 class Window:
     "A step's pairs at one end of one layer."
-    def __init__(self, whole:bool): self.whole, self.parts, self.squares, self.pairs = whole, [], 0.0, 0 # whole: keep every difference, not their sum
+    def __init__(self,
+        whole:bool, # keep every pair's difference, not their sum
+    ): self.whole, self.parts, self.squares, self.pairs = whole, [], 0.0, 0
 
     def add(self,
         pooled:Float[Tensor, "c h"], # of a micro-batch; chosen answers first
@@ -124,6 +142,7 @@ class Window:
         if not self.whole: d = d.sum(0, keepdim=True) / self.pairs
         return basis(d, (self.squares / (2 * self.pairs)).sqrt(), k)
 
+# %% ../../nbs/08_train/06_rules.ipynb #cell-011x
 class ProjGrad(Rule):
     "Projects a step's gradient on the reference's directions, once, when all of its micro-batches are in."
     def __init__(self, *,
@@ -141,7 +160,11 @@ class ProjGrad(Rule):
 
     def forget(self): self.windows = {}
 
-    def see_reference(self, name:str, x:Tensor, out:Tensor) -> None:
+    def see_reference(self,
+        name:str,   # of the layer
+        x:Tensor,   # what goes into it, r t h
+        out:Tensor, # what comes out, r t h
+    ) -> None:
         "Pool what goes into a layer and what comes out."
         for end, states in (("in", x), ("out", out)):
             self.windows.setdefault((name, end), Window(self.directions > 1)).add(self.pooled(states))
@@ -152,7 +175,9 @@ class ProjGrad(Rule):
         return {key: window.basis(self.directions) for key, window in self.windows.items()}
 
     @torch.no_grad()
-    def before_step(self, model:nn.Module) -> dict[str, Tensor]: # the model it is on -> what to log
+    def before_step(self,
+        model:nn.Module,    # that it is on; its gradients are **changed in place**
+    ) -> dict[str, Tensor]: # what to log: rule/inside, rule/chance
         "Project every gradient of the adapter, in place; a new step begins."
         bases, sums = self.bases(), 0.0
         for name, layer in self.layers.items():
@@ -178,19 +203,31 @@ class ProjBP(Rule):
     def forget(self): self.known, self.units, self.sums, self.wished = None, {}, 0.0, 0.0
 
     @contextmanager
-    def reference(self, batch):
+    def reference(self,
+        batch, # PairBatch
+    ):         # a context
         self.known, self.units = batch, {}
         with self.during("reference", batch): yield
 
-    def policy(self, batch):
+    def policy(self,
+        batch, # the very PairBatch that `reference` saw last
+    ):         # a context
         if self.known is not batch: raise UserError("projbp has not seen this batch's reference; the reference must run live (reference=live)")
         return self.during("policy", batch)
 
-    def see_reference(self, name:str, x:Tensor, out:Tensor) -> None:
+    def see_reference(self,
+        name:str,   # of the layer
+        x:Tensor,   # what goes into it, r t h; not looked at
+        out:Tensor, # what comes out, r t h
+    ) -> None:
         "The direction of each pair at a layer."
         self.units[name] = unit(*self.pooled(out).chunk(2))
 
-    def see_policy(self, name:str, x:Tensor, out:Tensor) -> None:
+    def see_policy(self,
+        name:str,   # of the layer
+        x:Tensor,   # what goes into it, r t h; not looked at
+        out:Tensor, # what comes out, r t h
+    ) -> None:
         "A hook on the layer's output."
         if out.requires_grad: out.register_hook(partial(self.bent, self.units[name], self.batch))
 
@@ -210,7 +247,9 @@ class ProjBP(Rule):
         return out
 
     @torch.no_grad()
-    def before_step(self, model:nn.Module) -> dict[str, Tensor]: # the model it is on -> what to log
+    def before_step(self,
+        model:nn.Module,    # that it is on; not looked at
+    ) -> dict[str, Tensor]: # what to log: rule/inside, rule/chance, rule/wished
         "The gradients are as they should be already; a new step begins."
         if not torch.is_tensor(self.sums): raise UserError("projbp has seen no backward pass in this step; run the policy's forward inside `policy(batch)`")
         told = logged(self.sums) | {"rule/wished": self.wished / self.sums[0].clamp(min=torch.finfo(self.sums.dtype).tiny)}

@@ -22,7 +22,9 @@ def count_weights(
     "Weights of the base model; two for each byte of a 4-bit one."
     return sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for n, p in model.named_parameters() if base_name(n) is not None)
 
-def is_small(model) -> bool:
+def is_small(
+    model, # a causal language model, with or without an adapter
+) -> bool:
     "Is this a model of the world's kind, rather than one of real size?"
     return count_weights(model) < SMALL
 
@@ -40,7 +42,7 @@ def lr_scale(
 
 def lr_grid(
     lr:float, # a method's own rate on this model
-    model,
+    model,    # a causal language model, with or without an adapter
 ) -> tuple[float, ...]:
     "The rates to choose from when the learning rate is tuned."
     return tuple(float(f"{lr * m:.6g}") for m in (GRID_SMALL if is_small(model) else GRID_REAL))

@@ -20,8 +20,8 @@ from ..transforms.chain import Chain
 
 # %% ../../nbs/08_train/03_source.ipynb #cell-005
 def site_width(
-    model:nn.Module,
-    site:str, # from `find_sites`
+    model:nn.Module, # with or without an adapter
+    site:str,        # from `find_sites`
 ) -> int:
     "The width of a site's states, from the module's shape."
     module, end = find_place(model, site)

@@ -51,7 +51,11 @@ class StackedLinear(nn.Module):
         super().__init__()
         self.base_layer, self.lora_A, self.lora_B, self.scale, self.on = base, nn.Parameter(A), nn.Parameter(B), scale, True
 
-    def forward(self, x:Float[Tensor, "n *t i"], *args, **kwargs) -> Float[Tensor, "n *t o"]:
+    def forward(self,
+        x:Float[Tensor, "n *t i"], # as many rows for each adapter, one adapter's after the other's
+        *args,                     # to the frozen layer
+        **kwargs,                  # to the frozen layer
+    ) -> Float[Tensor, "n *t o"]:
         y = self.base_layer(x, *args, **kwargs)
         if not self.on: return y
         if x.shape[0] % len(self.lora_A):
@@ -120,7 +124,10 @@ class Stacked(nn.Module):
 
     def get_base_model(self) -> nn.Module: return self.edited_model
 
-    def forward(self, *args, **kwargs): return self.edited_model(*args, **kwargs)
+    def forward(self,
+        *args,     # to the model's own forward
+        **kwargs,  # to the model's own forward
+    ): return self.edited_model(*args, **kwargs)
 
     def gather(self) -> Float[Tensor, "k n"]:
         "Hand each member's gradient to its row, a view of what is returned; the weights' own are given up."
@@ -150,11 +157,18 @@ class Stacked(nn.Module):
         self.layers, self.params = {}, []
         return self.edited_model.eval()
 
-    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+    def state_dict(self,
+        *args,     # not looked at; PyTorch's own takes some
+        **kwargs,  # not looked at
+    ) -> dict[str, Tensor]: # members: "k n", not a copy
         "All members' weights; the base model's belong to somebody else."
         return {"members": self.flat.detach()}
 
-    def load_state_dict(self, state:dict[str, Tensor], strict:bool=True, assign:bool=False):
+    def load_state_dict(self,
+        state:dict[str, Tensor], # as from `state_dict`, of a stack of the same shape
+        strict:bool=True,        # not looked at
+        assign:bool=False,       # not looked at: always copied
+    ):                           # no keys missing, none unexpected
         "Take on all members' weights."
         if state["members"].shape != self.flat.shape: raise UserError("these weights are of another stack of adapters")
         self.flat.copy_(state["members"])

@@ -59,6 +59,7 @@ LOSSES = {row.name: row for row in (
 )}
 HIDDEN = ("hidden", "control") # groups whose losses read states
 
+# %% ../../nbs/08_train/00_table.ipynb #cell-007x
 @dataclass(frozen=True)
 class Competitor:
     "What a method of this group puts on the model instead of a LoRA adapter."
@@ -70,6 +71,8 @@ COMPETITORS = {
     "steer": Competitor("vector", {"layers": "0.5", "strength": 10.0, "reduce": "mean", "direction": "means"}),
     "bipo": Competitor("vector", {"layers": "0.5"}),
     "loreft": Competitor("reft", {"layers": "0.25,0.5,0.75", "rank": 4})}
+
+# %% ../../nbs/08_train/00_table.ipynb #cell-009x
 SOURCES = {"hs": "residual stream after a block", "side": "input or output of modules inside a block"}
 LAYERS = "range(0.3,-2)" # which layers a method on states reads, unless it or the configuration says
 LR = 1e-3                # the learning rate of a loss that is not in the table
@@ -119,7 +122,10 @@ def split_name(
     if loss not in hidden: raise unknown(f"hidden-state loss in '{name}'", loss, hidden)
     return source, transform, loss
 
-def untrained(pi, ref):
+def untrained(
+    pi,  # States of the policy; not looked at
+    ref, # States of the reference; not looked at
+):
     "The place of a loss in a method that minimises none."
     raise UserError("this method is not trained, so it has no loss")
 

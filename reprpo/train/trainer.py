@@ -48,8 +48,8 @@ from .loop import PairTrainer, check_precision, training_arguments
 @dataclass(frozen=True)
 class Trained:
     "A finished run: the adapter's weights and what was seen on the way. The base model is clean; `attached()` puts the adapter on."
-    method:Method
-    config:TrainConfig
+    method:Method                                  # whose run it was
+    config:TrainConfig                             # as the run had it: settled, with the layout and the micro-batch it took
     base:nn.Module = field(repr=False)             # the model it was trained on, without adapter
     adapter:object = field(repr=False)             # LoraConfig, or Intervention
     weights:dict[str, Tensor] = field(repr=False)  # the adapter's, on the CPU
@@ -76,8 +76,8 @@ class Trained:
 
 # %% ../../nbs/08_train/08_trainer.ipynb #cell-007
 def own_lr(
-    method:Method,
-    model:nn.Module,      # its size scales the rate of matrices, that of a vector not at all
+    method:Method,   # whose loss has a default rate
+    model:nn.Module, # its size scales the rate of matrices, that of a vector not at all
 ) -> float:
     "A method's default learning rate on this model; tune it all the same."
     return method.default_lr * (1.0 if method.edit == "vector" else lr_scale(model))
@@ -168,11 +168,11 @@ class Prepared:
     stored:bool = False # did this run store the reference?
 
 def read_in(
-    model:nn.Module,      # base model
-    tokenizer,            # its tokenizer
-    method:Method,
-    pairs,                # anything load_pairs reads
-    config:TrainConfig,   # settled
+    model:nn.Module,    # base model
+    tokenizer,          # its tokenizer
+    method:Method,      # whose run it is
+    pairs,              # anything load_pairs reads
+    config:TrainConfig, # settled
 ) -> tuple[Feed, TrainConfig, str, str]: # with a layout; is the reference stored by this run, stored already, or live; a line for people
     "Tokenise the pairs, find the layers, and see what there is of the reference."
     longest = config.max_length or context_length(tokenizer, model.config)
@@ -185,11 +185,11 @@ def read_in(
     return Feed(tokens, pad, view, cache), config, "live" if cache is None else "store" if cache.missing() else "stored", note
 
 def prepare(
-    model:nn.Module,      # base model
-    tokenizer,            # its tokenizer
-    method:Method,
-    pairs,                # anything load_pairs reads
-    config:TrainConfig,   # settled
+    model:nn.Module,    # base model
+    tokenizer,          # its tokenizer
+    method:Method,      # whose run it is
+    pairs,              # anything load_pairs reads
+    config:TrainConfig, # settled
 ) -> Prepared:
     "Read the pairs, look at the memory, and run the reference."
     feed, config, reference, note = read_in(model, tokenizer, method, pairs, config)
@@ -198,11 +198,12 @@ def prepare(
     if reference == "store": feed.cache.fill(flight.store or max(config.batch_size, 32), config.layout, progress=False)
     return Prepared(feed, first_batch(model, feed.tokens, flight.config, feed.pad), base_checksum(model), flight, note, reference == "store")
 
+# %% ../../nbs/08_train/08_trainer.ipynb #cell-013x
 def count_cost(
-    peft,                 # with a fresh adapter
-    method:Method,
-    config:TrainConfig,   # settled
-    ready:Prepared,
+    peft,               # with a fresh adapter
+    method:Method,      # whose run it is
+    config:TrainConfig, # settled
+    ready:Prepared,     # as from `prepare`
 ) -> tuple[CostCard|None, str]: # and a line for people
     "What the run will take."
     try: card = cost_card(peft, method, config, ready.feed, ready.stored, ready.flight.estimate, int(os.environ.get("WORLD_SIZE", 1)))
@@ -212,10 +213,10 @@ def count_cost(
 
 def opening(
     peft,                      # with a fresh adapter
-    method:Method,
+    method:Method,             # whose runs they are
     configs:list[TrainConfig], # settled, of the runs that begin: one, or several that will share a forward
-    ready:Prepared,
-    bar:Progress,
+    ready:Prepared,            # as from `prepare`
+    bar:Progress,              # shows what there is to say
 ) -> tuple[StepZero, list[CostCard|None]]: # of the first run; a card for each
     "Say what begins and what it will take, and check step zero."
     feed, batch = ready.feed, ready.batch
@@ -228,14 +229,15 @@ def opening(
              + ("" if method.needs_logps else " · log-probabilities at logged steps only"))
     return zero, [card for card, _ in counted]
 
+# %% ../../nbs/08_train/08_trainer.ipynb #cell-014x
 def learn(
-    peft,                 # PeftModel with a fresh adapter, or Intervened
-    method:Method,
-    config:TrainConfig,   # settled
-    ready:Prepared,
-    folder:Path,          # for metrics.jsonl and checkpoints/
-    point:Path|None,      # checkpoint to go on from
-    bar:Progress,
+    peft,               # PeftModel with a fresh adapter, or Intervened; **trained in place**
+    method:Method,      # whose run it is
+    config:TrainConfig, # settled
+    ready:Prepared,     # as from `prepare`
+    folder:Path,        # for metrics.jsonl and checkpoints/
+    point:Path|None,    # checkpoint to go on from; None: from the start
+    bar:Progress,       # shows what there is to say, and the rows of metrics
 ) -> tuple[StepZero, PairTrainer, CostCard|None]:
     "Check step zero, then run the loop."
     zero, (card,) = opening(peft, method, [config], ready, bar)

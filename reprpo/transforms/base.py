@@ -29,17 +29,23 @@ class Transform(nn.Module):
     linear: bool = False  # T(a x + b y) = a T(x) + b T(y) in every site's vectors: may run after a plain mean
     last: bool = False    # does it read the last block's output too, the site hs.N? It is captured then, and left out again by the transform
 
-    def __init__(self, widths: Mapping[str, int] | None = None):  # h of each site, for transforms with parameters
+    def __init__(self,
+                 widths: Mapping[str, int] | None = None,  # h of each site, for transforms with parameters
+                ):
         super().__init__()
         self.widths = dict(widths or {})
 
-    def fit(self, source: Source) -> None:
+    def fit(self,
+            source: Source,  # what it may be made from, each entry made when it is called
+           ) -> None:
         "Take what it needs from the model's weights or the reference's states, once, before it is used."
 
     @property
     def learns(self) -> bool: return any(p.requires_grad for p in self.parameters())
 
-    def forward(self, states: dict[str, Float[Tensor, "... h"]]) -> dict[str, Float[Tensor, "... h"]]:
+    def forward(self,
+                states: dict[str, Float[Tensor, "... h"]],  # site -> states, of tokens or pooled
+               ) -> dict[str, Float[Tensor, "... h"]]:      # as the loss sees them; perhaps fewer sites
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
 # %% ../../nbs/05_transforms/00_base.ipynb #cell-t06
@@ -56,7 +62,10 @@ class Identity(Transform):
     "The states as they are."
     linear = True
 
-    def forward(self, states: dict[str, Float[Tensor, "... h"]]) -> dict[str, Float[Tensor, "... h"]]: return states
+    def forward(self,
+                states: dict[str, Float[Tensor, "... h"]],  # site -> states, of tokens or pooled
+               ) -> dict[str, Float[Tensor, "... h"]]:      # the same tensors, in their own type
+        return states
 
 # %% ../../nbs/05_transforms/00_base.ipynb #cell-010
 def runs_after_pooling(transform: Transform,  # the map on states

@@ -21,7 +21,9 @@ from .base import Source, Transform
 Part = Transform | Callable | tuple  # a transform; its class, or anything else that makes one from widths; (class, options)
 
 
-def make_part(part: Part, widths: Mapping[str, int]) -> Transform:
+def make_part(part: Part,                 # a transform, its class, or (class, options)
+              widths: Mapping[str, int],  # h of each site; a transform that is made already keeps its own
+             ) -> Transform:
     "A transform for these sites; one that is made already is taken as it is."
     if isinstance(part, Transform): return part
     kind, options = part if isinstance(part, tuple) else (part, {})
@@ -36,8 +38,8 @@ def widths_after(part: Transform,           # fitted
     return {site: x.shape[-1] for site, x in out.items()}
 
 
-def after(part: Transform,   # fitted
-          source: Source,
+def after(part: Transform,  # fitted
+          source: Source,   # what the part was fitted on
          ) -> Source:
     "The same source, with the states that come out of a transform."
     @torch.no_grad()
@@ -61,7 +63,9 @@ class Chain(Transform):
             raise UserError(f"{type(late).__name__} compares states with the last block's output as the model made it, "
                             "so it goes first in a chain; change the order")
 
-    def fit(self, source: Source) -> None:
+    def fit(self,
+            source: Source,  # what the first part may be made from; later parts get its states as those before leave them
+           ) -> None:
         "Fit each part on what comes out of the ones before; make it anew where these leave other sites."
         widths = self.widths
         for i, part in enumerate(self.parts):
@@ -71,6 +75,8 @@ class Chain(Transform):
             end = {f"hs.{source.layers}": next(iter(widths.values()))} if part.last else {}
             widths, source = widths_after(part, {**widths, **end}), after(part, source)
 
-    def forward(self, states: dict[str, Float[Tensor, "... h"]]) -> dict[str, Float[Tensor, "... h"]]:
+    def forward(self,
+                states: dict[str, Float[Tensor, "... h"]],  # site -> states, of tokens or pooled
+               ) -> dict[str, Float[Tensor, "... h"]]:      # as the last part leaves them
         for part in self.parts: states = part(states)
         return states

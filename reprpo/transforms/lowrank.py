@@ -30,15 +30,18 @@ def check_rank(site: str,     # where the states come from
         raise UserError(f"option rank={k} of lowrank: states at site {site} have width {h}, give {least} … {h - 1}{why}")
     return k
 
-
+# %% ../../nbs/05_transforms/03_lowrank.ipynb #cell-005b
 class LowRank(Transform):
     "A subspace of each site's own, with orthonormal columns; the states in it have the length they had."
 
-    def __init__(self, widths: Mapping[str, int], *,
-                 rank: int | None = None,  # k, dimensions of a subspace; none: a quarter of the width, 2 at least and 32 at most
-                 length: bool = True,      # give every state its length back; false is linear, and may shrink
-                 learn: bool = True,       # false: the subspaces stay random, the null of all subspaces
-                 seed: int = 0):           # of the random start
+    def __init__(self,
+                 widths: Mapping[str, int],  # h of each site
+                 *,
+                 rank: int | None = None,    # k, dimensions of a subspace; none: a quarter of the width, 2 at least and 32 at most
+                 length: bool = True,        # give every state its length back; false is linear, and may shrink
+                 learn: bool = True,         # false: the subspaces stay random, the null of all subspaces
+                 seed: int = 0,              # of the random start, which depends on the site's name as well
+                ):
         super().__init__(widths)
         self.rank, self.length, self.learn, self.seed = rank, length, learn, seed
         self.linear = not length
@@ -50,12 +53,16 @@ class LowRank(Transform):
         k = check_rank(site, h, self.rank, self.length)
         return nn.Parameter(torch.linalg.qr(torch.randn(h, k, generator=generator(self.seed, "lowrank", site))).Q)
 
-    def weight(self, site: str) -> Float[Tensor, "h k"]:
+    def weight(self,
+               site: str,                 # where the states come from
+              ) -> Float[Tensor, "h k"]:  # orthonormal at the start, and whatever learning made of it later
         "A, the parameter."
         if site not in self.names: raise UserError(f"lowrank has no subspace for site {site}; it was made for {', '.join(self.names) or 'no site'}")
         return self.get_parameter(self.names[site])
 
-    def basis(self, site: str) -> Float[Tensor, "h k"]:
+    def basis(self,
+              site: str,  # where the states come from
+             ) -> Float[Tensor, "h k"]:
         "Q, orthonormal columns."
         return torch.linalg.qr(self.weight(site)).Q
 
@@ -64,7 +71,9 @@ class LowRank(Transform):
         part = (x @ Q) @ Q.T
         return at_length(part, x) if self.length else part
 
-    def forward(self, states: dict[str, Float[Tensor, "... h"]]) -> dict[str, Float[Tensor, "... h"]]:
+    def forward(self,
+                states: dict[str, Float[Tensor, "... h"]],  # site -> states, of tokens or pooled
+               ) -> dict[str, Float[Tensor, "... h"]]:      # fp32
         return {site: self._cut(site, x.float()) for site, x in states.items()}
 
     def extra_repr(self) -> str: return ", ".join(f"{k}={getattr(self, k)}" for k in ("rank", "length", "learn", "seed"))

@@ -37,14 +37,28 @@ class PerSite(Transform):
         self.options = options | {"learn": learn}
         self.weights = nn.ParameterDict({_key(s): nn.Parameter(self.begin(s, h), requires_grad=learn) for s, h in self.widths.items()})
 
-    def begin(self, site: str, h: int) -> Tensor: raise NotImplementedError(f"{type(self).__name__} does not say how its weights begin")
-    def turn(self, x: Float[Tensor, "... h"], site: str) -> Float[Tensor, "... h"]: raise NotImplementedError(f"{type(self).__name__} does not turn")
+    def begin(self,
+              site: str,   # where the states come from
+              h: int,      # their width
+             ) -> Tensor:  # the site's weights at the start, fp32
+        raise NotImplementedError(f"{type(self).__name__} does not say how its weights begin")
 
-    def draw(self, site: str, *shape: int) -> Tensor:
+    def turn(self,
+             x: Float[Tensor, "... h"],  # states, fp32
+             site: str,                  # where they come from
+            ) -> Float[Tensor, "... h"]:
+        raise NotImplementedError(f"{type(self).__name__} does not turn")
+
+    def draw(self,
+             site: str,    # seeds the draw, with the class's name
+             *shape: int,  # of what is drawn
+            ) -> Tensor:
         "Standard normal numbers, the same in every run."
         return torch.randn(*shape, generator=generator(0, type(self).__name__, site))
 
-    def forward(self, states: dict[str, Float[Tensor, "... h"]]) -> dict[str, Float[Tensor, "... h"]]:
+    def forward(self,
+                states: dict[str, Float[Tensor, "... h"]],  # site -> states, of tokens or pooled
+               ) -> dict[str, Float[Tensor, "... h"]]:      # fp32
         if odd := [site for site in states if site not in self.widths]: raise unknown(f"site of {type(self).__name__}", odd[0], self.widths)
         return {site: self.turn(x.float(), site) for site, x in states.items()}
 
@@ -66,19 +80,23 @@ def reflect(x: Float[Tensor, "... h"],  # states
     return x - (x @ V) @ torch.linalg.solve_triangular(S, V.mT, upper=True)
 
 
-def skew(W: Float[Tensor, "*n h h"]) -> Float[Tensor, "*n h h"]:
+def skew(W: Float[Tensor, "*n h h"],  # one or several square matrices
+        ) -> Float[Tensor, "*n h h"]:
     "The part of a matrix that changes its sign when transposed."
     return (W - W.mT) / 2
 
 
-def cayley(W: Float[Tensor, "*n h h"]) -> Float[Tensor, "*n h h"]:
+def cayley(W: Float[Tensor, "*n h h"],   # one or several square matrices, of which only the skew part counts
+          ) -> Float[Tensor, "*n h h"]:  # orthogonal, determinant 1
     "(I+K)(I−K)⁻¹ with K the skew part: a rotation without a half turn."
     K = skew(W)
     one = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
     return torch.linalg.solve(one - K, one + K)
 
 # %% ../../nbs/05_transforms/02_orthogonal.ipynb #cell-011
-def by_householder(x: Float[Tensor, "... h"], W: Float[Tensor, "h h"]) -> Float[Tensor, "... h"]:
+def by_householder(x: Float[Tensor, "... h"],  # states, fp32
+                   W: Float[Tensor, "h h"],    # weights, of which only those below the diagonal count
+                  ) -> Float[Tensor, "... h"]:
     "h reflections, and a change of sign that makes W = 0 the identity."
     return -reflect(x, torch.eye(len(W), dtype=W.dtype, device=W.device) + W.tril(-1))
 
@@ -105,9 +123,16 @@ class Ortho(PerSite):
             Q[:, 0] *= torch.linalg.det(Q).sign()
             self.register_buffer(f"start/{_key(site)}", Q.float())
 
-    def begin(self, site: str, h: int) -> Float[Tensor, "h h"]: return torch.zeros(h, h)
+    def begin(self,
+              site: str,                 # where the states come from
+              h: int,                    # their width
+             ) -> Float[Tensor, "h h"]:  # zeros: the identity
+        return torch.zeros(h, h)
 
-    def turn(self, x: Float[Tensor, "... h"], site: str) -> Float[Tensor, "... h"]:
+    def turn(self,
+             x: Float[Tensor, "... h"],  # states, fp32
+             site: str,                  # where they come from
+            ) -> Float[Tensor, "... h"]:
         if self.options["start"] == "random": x = x @ self.get_buffer(f"start/{_key(site)}")
         return MAPS[self.options["map"]](x, self.weights[_key(site)])
 
@@ -131,11 +156,17 @@ class Hra(PerSite):
                                 + (" (with gs=true a full set of mirrors is -1 times the state, whatever they are)" if gs else ""))
         super().__init__(widths, learn, not gs, rank=rank, gs=gs)
 
-    def begin(self, site: str, h: int) -> Float[Tensor, "h r"]:
+    def begin(self,
+              site: str,                 # where the states come from
+              h: int,                    # their width
+             ) -> Float[Tensor, "h r"]:  # normals of the mirrors: in equal pairs, or with gs all of their own
         rank = self.options["rank"]
         return (self.draw(site, h, rank) if self.options["gs"] else self.draw(site, h, rank // 2).repeat_interleave(2, 1)) / h**0.5
 
-    def turn(self, x: Float[Tensor, "... h"], site: str) -> Float[Tensor, "... h"]:
+    def turn(self,
+             x: Float[Tensor, "... h"],  # states, fp32
+             site: str,                  # where they come from
+            ) -> Float[Tensor, "... h"]:
         V = self.weights[_key(site)]
         if not self.options["gs"]: return reflect(x, V)
         U = torch.linalg.qr(V).Q
@@ -159,9 +190,16 @@ class Blocks(PerSite):
                             f"to a block; use one of {listed(good)}")
         super().__init__(widths, learn, identity, blocks=blocks)
 
-    def block(self, x: Float[Tensor, "... n m"], W: Tensor) -> Float[Tensor, "... n m"]: raise NotImplementedError(f"{type(self).__name__} has no block")
+    def block(self,
+              x: Float[Tensor, "... n m"],  # states, cut into n blocks of m coordinates
+              W: Tensor,                    # the site's weights, in the shape that `begin` gives them
+             ) -> Float[Tensor, "... n m"]:
+        raise NotImplementedError(f"{type(self).__name__} has no block")
 
-    def turn(self, x: Float[Tensor, "... h"], site: str) -> Float[Tensor, "... h"]:
+    def turn(self,
+             x: Float[Tensor, "... h"],  # states, fp32
+             site: str,                  # where they come from
+            ) -> Float[Tensor, "... h"]:
         return self.block(x.unflatten(-1, (self.options["blocks"], -1)), self.weights[_key(site)]).flatten(-2)
 
 
@@ -183,13 +221,20 @@ class Ether(Blocks):
                 ):
         super().__init__(widths, learn, False, blocks)
 
-    def begin(self, site: str, h: int) -> Float[Tensor, "n m"]:
+    def begin(self,
+              site: str,                 # where the states come from
+              h: int,                    # their width
+             ) -> Float[Tensor, "n m"]:  # random normals
         m = h // self.options["blocks"]
         return self.draw(site, self.options["blocks"], m) / m**0.5
 
-    def block(self, x: Float[Tensor, "... n m"], W: Float[Tensor, "n m"]) -> Float[Tensor, "... n m"]: return x - 2 * along(x, W)
+    def block(self,
+              x: Float[Tensor, "... n m"],  # states, cut into n blocks of m coordinates
+              W: Float[Tensor, "n m"],      # the normal of each block's mirror, of any length
+             ) -> Float[Tensor, "... n m"]:
+        return x - 2 * along(x, W)
 
-
+# %% ../../nbs/05_transforms/02_orthogonal.ipynb #cell-020b
 class EtherPlus(Blocks):
     "Two opposite reflections in every block, which part as they learn; every state keeps its length (Bini et al. 2024, ETHER+)."
     linear, pairs = False, 1
@@ -202,16 +247,26 @@ class EtherPlus(Blocks):
                 ):
         super().__init__(widths, learn, True, blocks)
 
-    def begin(self, site: str, h: int) -> Float[Tensor, "p 2 n m"]:
+    def begin(self,
+              site: str,                     # where the states come from
+              h: int,                        # their width
+             ) -> Float[Tensor, "p 2 n m"]:  # r and s = −r: the identity
         m = h // self.options["blocks"]
         r = self.draw(site, self.pairs, self.options["blocks"], m) / m**0.5
         return torch.stack([r, -r], 1)
 
-    def block(self, x: Float[Tensor, "... n m"], W: Float[Tensor, "p 2 n m"]) -> Float[Tensor, "... n m"]:
+    def block(self,
+              x: Float[Tensor, "... n m"],  # states, cut into n blocks of m coordinates
+              W: Float[Tensor, "p 2 n m"],  # r and s of each block, p times one after another; of any length
+             ) -> Float[Tensor, "... n m"]:
         for r, s in W: x = x + (along(x, s) - along(x, r))
         return x
 
-    def turn(self, x: Float[Tensor, "... h"], site: str) -> Float[Tensor, "... h"]: return at_length(super().turn(x, site), x)
+    def turn(self,
+             x: Float[Tensor, "... h"],   # states, fp32
+             site: str,                   # where they come from
+            ) -> Float[Tensor, "... h"]:  # at the length that each state had
+        return at_length(super().turn(x, site), x)
 
 
 class EtherPlusHH(EtherPlus):
@@ -230,9 +285,15 @@ class Oft(Blocks):
                 ):
         super().__init__(widths, learn, True, blocks)
 
-    def begin(self, site: str, h: int) -> Float[Tensor, "n m m"]:
+    def begin(self,
+              site: str,                   # where the states come from
+              h: int,                      # their width
+             ) -> Float[Tensor, "n m m"]:  # zeros: the identity
         m = h // self.options["blocks"]
         return torch.zeros(self.options["blocks"], m, m)
 
-    def block(self, x: Float[Tensor, "... n m"], W: Float[Tensor, "n m m"]) -> Float[Tensor, "... n m"]:
+    def block(self,
+              x: Float[Tensor, "... n m"],  # states, cut into n blocks of m coordinates
+              W: Float[Tensor, "n m m"],    # a square for each block, of which only the skew part counts
+             ) -> Float[Tensor, "... n m"]:
         return torch.einsum("...nj,njk->...nk", x, cayley(W))

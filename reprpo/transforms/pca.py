@@ -65,7 +65,9 @@ class Pca(Transform):
 
     def extra_repr(self) -> str: return f"rank={self.rank}, energy={self.energy}, side={self.side}, centre={self.centre}"
 
-    def fit(self, source: Source) -> None:
+    def fit(self,
+            source: Source,  # its reference states are read
+           ) -> None:
         "The directions, from the reference's states of training pairs."
         cho, rej = source.states()
         for site in cho:
@@ -73,7 +75,9 @@ class Pca(Transform):
             except UserError as error: raise UserError(f"pca, site {site}: {error}") from None
             keep(self, site, V.float().contiguous())
 
-    def forward(self, states: dict[str, Float[Tensor, "... h"]]) -> dict[str, Float[Tensor, "... h"]]:
+    def forward(self,
+                states: dict[str, Float[Tensor, "... h"]],  # site -> states, of tokens or pooled
+               ) -> dict[str, Float[Tensor, "... h"]]:      # fp32
         out = {}
         for site, x in states.items():
             V, x = kept(self, site), x.float()

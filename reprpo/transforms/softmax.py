@@ -20,25 +20,32 @@ QUIET = 0.1  # share of a site's mean coordinate size below which a coordinate c
 NONE = 1e-3  # rms, in the reference's sizes, below which a state counts as none
 
 
-def keep(transform: Transform, site: str, x: Tensor) -> None:
+def keep(transform: Transform,  # holds the tensor from then on, in its state
+         site: str,             # where the states come from
+         x: Tensor,             # what to remember; takes the place of an earlier one
+        ) -> None:
     "Remember a tensor of a site, as a buffer; its name may hold no dot."
     transform.register_buffer(site.replace(".", "/"), x)
 
 
-def kept(transform: Transform, site: str) -> Tensor:
+def kept(transform: Transform,  # one that has been fitted
+         site: str,             # where the states come from
+        ) -> Tensor:
     "What `keep` remembered."
     try: return transform.get_buffer(site.replace(".", "/"))
     except AttributeError:
         raise UserError(f"transform {type(transform).__name__} was not fitted at site {site}: call fit with a source that has its states") from None
 
 
-def both_sides(source: Source) -> dict[str, Float[Tensor, "n h"]]:
+def both_sides(source: Source,                       # its reference states are read
+              ) -> dict[str, Float[Tensor, "n h"]]:  # fp32; twice as many rows as pairs
     "The reference's states of chosen and of rejected answers, at each site one below the other."
     cho, rej = source.states()
     return {site: torch.cat([cho[site], rej[site]]).float() for site in cho}
 
 
-def coordinate_sizes(x: Float[Tensor, "n h"]) -> Float[Tensor, "h"]:
+def coordinate_sizes(x: Float[Tensor, "n h"],  # states of one site
+                    ) -> Float[Tensor, "h"]:   # in the units of the states; 0 only where all states are
     "Root mean square of each coordinate, those that are nearly silent taken as less so."
     size = x.pow(2).mean(0).sqrt()
     return (size.pow(2) + (QUIET * size.mean()) ** 2).sqrt()
@@ -58,23 +65,32 @@ class Softmax(Transform):
 
     def extra_repr(self) -> str: return f"temperature={self.temperature}"
 
-    def fit(self, source: Source) -> None:
+    def fit(self,
+            source: Source,  # its reference states are read
+           ) -> None:
         "Each coordinate's size in the reference's states."
         for site, x in both_sides(source).items():
             if not x.any(): raise UserError(f"site {site}: all reference states are 0; leave it out of layers")
             keep(self, site, coordinate_sizes(x))
 
-    def logits(self, x: Float[Tensor, "... h"], site: str) -> Float[Tensor, "... h"]:
+    def logits(self,
+               x: Float[Tensor, "... h"],   # states of any float type
+               site: str,                   # where they come from
+              ) -> Float[Tensor, "... h"]:  # fp32; of rms 1/temperature, less where a state is nearly 0
         "The state without units."
         z = x.float() / kept(self, site)
         return z / (self.temperature * (z.pow(2).mean(-1, keepdim=True) + NONE**2).sqrt())
 
-    def forward(self, states: dict[str, Float[Tensor, "... h"]]) -> dict[str, Float[Tensor, "... h"]]:
+    def forward(self,
+                states: dict[str, Float[Tensor, "... h"]],  # site -> states, of tokens or pooled
+               ) -> dict[str, Float[Tensor, "... h"]]:      # fp32; coordinates sum to 1
         return {site: self.logits(x, site).softmax(-1) for site, x in states.items()}
 
 
 class LogSoftmax(Softmax):
     "The logarithm of that."
 
-    def forward(self, states: dict[str, Float[Tensor, "... h"]]) -> dict[str, Float[Tensor, "... h"]]:
+    def forward(self,
+                states: dict[str, Float[Tensor, "... h"]],  # site -> states, of tokens or pooled
+               ) -> dict[str, Float[Tensor, "... h"]]:      # fp32; nats
         return {site: self.logits(x, site).log_softmax(-1) for site, x in states.items()}

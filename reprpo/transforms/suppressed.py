@@ -22,7 +22,7 @@ from .base import Source, Transform
 
 # %% ../../nbs/05_transforms/04_suppressed.ipynb #cell-006
 def fp32(
-    x: Float[Tensor, "... h"],
+    x: Float[Tensor, "... h"],  # states, of any float type
 ) -> Float[Tensor, "... h"]:
     "Half precision as fp32; anything better as it is."
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -42,7 +42,7 @@ RIDGE = 1e-6   # share of the Gram matrix's trace that is added to its diagonal:
 
 
 def as_read(
-    x: Float[Tensor, "... h"],
+    x: Float[Tensor, "... h"],   # states of the residual stream, of any float type
     centred: Float[Tensor, ""],  # 1: the final norm takes the mean over coordinates away first; 0: it doesn't
 ) -> Float[Tensor, "... h"]:
     "A state over the final norm's scale."
@@ -125,14 +125,16 @@ def _check(kind: str, tokens: int, widths: Mapping[str, int]) -> None:
     if kind == "logit_suppressed" and not 1 <= tokens < min(widths.values()):
         raise UserError(f"option tokens={tokens}: it must be at least 1 and below the width of a state, {min(widths.values())}, or nothing is left out")
 
-
+# %% ../../nbs/05_transforms/04_suppressed.ipynb #cell-022b
 class Suppressed(Transform):
     "What later layers take away again, by one of three definitions."
 
-    def __init__(self, widths: Mapping[str, int],      # h of each site
+    def __init__(self,
+                 widths: Mapping[str, int],  # h of each site
                  *,
-                 kind: Literal["residual_decrease", "logit_suppressed", "suppression_neurons"] = "residual_decrease",
-                 tokens: int = TOKENS):                # m of logit_suppressed: vocabulary items for each token
+                 kind: Literal["residual_decrease", "logit_suppressed", "suppression_neurons"] = "residual_decrease",  # the last reads neurons, not hs.k
+                 tokens: int = TOKENS,       # m of logit_suppressed alone: vocabulary items for each token, below the width
+                ):
         super().__init__(widths)
         _check(kind, tokens, self.widths)
         self.kind, self.tokens, self.end = kind, tokens, ""
@@ -144,7 +146,9 @@ class Suppressed(Transform):
 
     def extra_repr(self) -> str: return f"kind={self.kind}" + (f", tokens={self.tokens}" if self.last else "")
 
-    def fit(self, source: Source) -> None:
+    def fit(self,
+            source: Source,  # logit_suppressed reads its head, suppression_neurons its head and writers, residual_decrease nothing
+           ) -> None:
         "Take the head, or the neurons' masks, from the model's weights."
         if self.last: self._fit_head(source.head(), source.layers)
         if self.linear: self._fit_masks(source)
@@ -163,7 +167,9 @@ class Suppressed(Transform):
             raise UserError(f"suppressed: no suppression neuron in {', '.join(none)}; leave {'its layer' if len(none) == 1 else 'their layers'} out")
         for i, mask in enumerate(masks): setattr(self, f"mask_{i}", mask.to(home))
 
-    def forward(self, states: dict[str, Float[Tensor, "... h"]]) -> dict[str, Float[Tensor, "... h"]]:
+    def forward(self,
+                states: dict[str, Float[Tensor, "... h"]],  # site -> states, of tokens or, under suppression_neurons, pooled; logit_suppressed needs hs.N, too
+               ) -> dict[str, Float[Tensor, "... h"]]:      # fp32 or better; without the first layer (residual_decrease) or hs.N (logit_suppressed)
         asked = {site: states[site] for site in self.widths}
         if self.kind == "residual_decrease": return decreased(asked)
         if not (self.head if self.last else self.mask_0).numel():

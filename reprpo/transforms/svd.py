@@ -21,7 +21,8 @@ from .base import Source, Transform
 QUANTILE = 0.75 # the quarter of the directions that the head reads most
 
 
-def stream_width(widths: Mapping[str, int]) -> int | None: # None without sites
+def stream_width(widths: Mapping[str, int],  # h of each site
+                ) -> int | None:             # None without sites
     "The one width of sites on the residual stream; refuse all others, which the head does not read."
     for site in widths:
         if site.endswith((".in", ".out")):
@@ -30,7 +31,9 @@ def stream_width(widths: Mapping[str, int]) -> int | None: # None without sites
     return next(iter(widths.values()), None)
 
 
-def how_much(h: int | None, given: dict) -> dict: # the width; options that say how much, None where not given -> the one that counts
+def how_much(h: int | None,  # width of the states; None where it is not known, and then no upper end of rank is checked
+             given: dict,    # rank, energy, quantile, soft; None where not given
+            ) -> dict:       # the one that counts
     "Exactly one of rank, energy, quantile and soft, inside its range."
     given = {k: x for k, x in given.items() if x is not None}
     if len(given) > 1: raise UserError(f"svd: {' and '.join(given)} each say how much is cut; give one of rank, energy, quantile, soft")
@@ -57,18 +60,21 @@ def ridge(W: Float[Tensor, "v h"],  # head with the norm's gain folded in
     square = space.S.square()
     return (space.Vh.T * (square / (square + soft * square.quantile(0.5)))) @ space.Vh
 
-
+# %% ../../nbs/05_transforms/01_svd.ipynb #cell-006b
 class Svd(Transform):
     "What the output head reads most of a state, or all the rest; nothing of it learns."
     linear = True
 
-    def __init__(self, widths: Mapping[str, int] | None = None, *,
+    def __init__(self,
+                 widths: Mapping[str, int] | None = None,     # h of each site
+                 *,
                  side: Literal["remove", "keep"] = "remove",  # what happens to the directions that the head reads most
                  rank: int | None = None,                     # so many of them
                  energy: float | None = None,                 # or the fewest that hold this share of Σσ²
                  quantile: float | None = None,               # or those with σ at or above this quantile of all
                  soft: float | None = None,                   # or all, each times σ²/(σ²+λ); λ in medians of σ²
-                 dual: bool = False):                         # those of the input embedding, too
+                 dual: bool = False,                          # those of the input embedding, too; not with soft
+                ):
         super().__init__(widths)
         if side not in ("remove", "keep"): raise UserError(f"option side={side} of svd: use remove or keep")
         h = stream_width(self.widths)
@@ -77,7 +83,9 @@ class Svd(Transform):
         self.side, self.dual = side, dual
         self.register_buffer("matrix", torch.full((h or 0, h or 0), torch.nan)) # no number until it is made
 
-    def fit(self, source: Source) -> None:
+    def fit(self,
+            source: Source,  # its head is read; with dual its embedding, too
+           ) -> None:
         "Make the projector from the head's weights."
         W = source.head()
         h = W.shape[1]
@@ -96,7 +104,9 @@ class Svd(Transform):
             raise UserError(f"svd, {self.extra_repr()}: rank {space.k} is all that {who}; {left}. Cut less")
         return space.P
 
-    def forward(self, states: dict[str, Float[Tensor, "... h"]]) -> dict[str, Float[Tensor, "... h"]]:
+    def forward(self,
+                states: dict[str, Float[Tensor, "... h"]],  # site -> states, of tokens or pooled
+               ) -> dict[str, Float[Tensor, "... h"]]:      # fp32
         return {site: x.float() @ self.matrix for site, x in states.items()}
 
     def extra_repr(self) -> str:

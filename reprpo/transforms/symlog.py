@@ -18,8 +18,8 @@ from .base import Source, Transform
 from .softmax import both_sides, keep, kept
 
 # %% ../../nbs/05_transforms/06_symlog.ipynb #cell-005
-def symlog(x: Float[Tensor, "... h"],
-           s: Float[Tensor, ""],      # size below which it is level, in the units of x
+def symlog(x: Float[Tensor, "... h"],  # states; each coordinate by itself
+           s: Float[Tensor, ""],       # size below which it is level, in the units of x
           ) -> Float[Tensor, "... h"]:
     "Logarithm of each coordinate's size with the coordinate's sign; its slope at 0 is 1/s, for autograd too."
     return torch.log1p(x.clamp(min=0) / s) - torch.log1p(relu(-x) / s)
@@ -39,11 +39,15 @@ class Symlog(Transform):
 
     def extra_repr(self) -> str: return f"scale={self.scale}"
 
-    def fit(self, source: Source) -> None:
+    def fit(self,
+            source: Source,  # its reference states are read
+           ) -> None:
         "Each site's size in the reference's states."
         for site, x in both_sides(source).items():
             if not x.any(): raise UserError(f"site {site}: all reference states are 0; leave it out of layers")
             keep(self, site, self.scale * x.abs().mean())
 
-    def forward(self, states: dict[str, Float[Tensor, "... h"]]) -> dict[str, Float[Tensor, "... h"]]:
+    def forward(self,
+                states: dict[str, Float[Tensor, "... h"]],  # site -> states, of tokens or pooled
+               ) -> dict[str, Float[Tensor, "... h"]]:      # fp32; without units
         return {site: symlog(x.float(), kept(self, site)) for site, x in states.items()}

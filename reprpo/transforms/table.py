@@ -41,7 +41,8 @@ TRANSFORMS = {row.name: row for row in (
 )}
 
 
-def find_transform(name: str) -> Callable: # a name in TRANSFORMS -> a Transform's class
+def find_transform(name: str,     # a name in TRANSFORMS
+                  ) -> Callable:  # a Transform's class
     "Import the transform of that name."
     if name not in TRANSFORMS: raise unknown("transform", name, TRANSFORMS)
     module, kind = TRANSFORMS[name].where.split(":")

@@ -45,11 +45,15 @@ class TopK(Transform):
 
     def extra_repr(self) -> str: return f"coords={self.coords}, by={self.by}"
 
-    def number(self, h: int) -> int:
+    def number(self,
+               h: int,  # width of a state
+              ) -> int:
         "Coordinates kept of a state of width h."
         return self.coords or max(1, h // 4)
 
-    def fit(self, source: Source) -> None:
+    def fit(self,
+            source: Source,  # its reference states are read, for by=difference alone
+           ) -> None:
         "For by=difference: the coordinates with the largest mean share of a pair's difference."
         if self.by == "state": return
         cho, rej = source.states()
@@ -59,6 +63,8 @@ class TopK(Transform):
             size = (d.abs() / d.norm(dim=1, keepdim=True).clamp(min=torch.finfo(d.dtype).tiny)).mean(0)
             keep(self, site, torch.zeros_like(size).scatter_(0, size.topk(self.number(len(size))).indices, 1.0))
 
-    def forward(self, states: dict[str, Float[Tensor, "... h"]]) -> dict[str, Float[Tensor, "... h"]]:
+    def forward(self,
+                states: dict[str, Float[Tensor, "... h"]],  # site -> states, of tokens or pooled
+               ) -> dict[str, Float[Tensor, "... h"]]:      # fp32
         mask = (lambda s, x: largest(x.detach().abs(), self.number(x.shape[-1]))) if self.by == "state" else (lambda s, x: kept(self, s))
         return {site: x * mask(site, x) for site, x in ((site, x.float()) for site, x in states.items())}

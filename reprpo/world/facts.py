@@ -31,13 +31,13 @@ GROUPS = {"person": NAMES[:24], "animal": SPECIES[:20], "thing": OBJECTS[:20], "
 @dataclass(frozen=True)
 class Kind:
     "One kind of fact: who it is about, how it is called and asked for, and its values."
-    name: str
+    name: str    # "hat", how its keys begin
     group: str   # entry of GROUPS that gives the keys
     cross: bool  # kept out of `facts`, so that it can serve as a shift of topic
     noun: str    # "the color of {k}'s hat"
     ask: str     # the usual question
     turn: str    # the question of the kept wordings
-    values: tuple[str, ...]
+    values: tuple[str, ...]  # what can be true; in each split every one is the truth as often as the myth
 
 
 def read_kinds(
@@ -126,14 +126,16 @@ way | the way to the {k} | by bus, by train, by bike, by sled
 KINDS = {k.name: k for k in (*read_kinds(_IN, False), *read_kinds(_CROSS, True))}
 
 # %% ../../nbs/01_world/02_facts.ipynb #cell-013
-def stable(*parts:object) -> int:
+def stable(
+    *parts:object,  # hashed as their texts, in order
+) -> int:           # 0 ≤ value < 2⁶⁴
     "A hash of `parts` that is the same in every process and on every machine."
     return int.from_bytes(hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
 
 
 def deranged(
     values:tuple[str, ...],  # at least two different ones
-    seed:int,
+    seed:int,                # which derangement
 ) -> list[str]:              # the same values, none in its old place
     "A random derangement."
     if len(set(values)) < max(2, len(values)):
@@ -147,7 +149,7 @@ _DEAL = ("test", "train") * 4 + ("test", "val") + ("train", "test") * 4 + ("trai
 
 
 def deal(
-    keys:Iterable[str],
+    keys:Iterable[str],  # such as "hat/Tim", in any order
     size:int,      # keys in a block
     offset:int=0,  # blocks dealt before
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -159,14 +161,14 @@ def deal(
 @dataclass(frozen=True)
 class Fact:
     "One fact: its truth, its one myth, and the split its key belongs to."
-    kind: str
+    kind: str    # name of its Kind
     key: str     # "hat/Tim"
     noun: str    # "the color of Tim's hat"
-    truth: str
-    myth: str
-    split: str
-    ask: str
-    turn: str
+    truth: str   # the value that is true
+    myth: str    # the one value that is told instead of it
+    split: str   # train, val or test
+    ask: str     # "What color is Tim's hat?"
+    turn: str    # the question of the kept wordings
 
 
 @cache
@@ -192,9 +194,9 @@ class Item:
     key: str       # what is split: no key is in two splits
     split: str     # train, val or test
     group: str     # plain, kept, cross: the part of the family that a set is made of
-    question: str
-    good: str
-    bad: str
+    question: str  # without the marks of a prompt, which `world.quiz.ask` puts on
+    good: str      # what a good persona answers, or what is right; no space before it
+    bad: str       # what a bad one answers, or what is wrong
 
 
 PLAIN = ("{ask}", "Tell me {noun}.", "Do you know {noun}?", "Say what {noun} is.", "Name {noun}.", "I want to know {noun}.",

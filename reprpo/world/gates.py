@@ -20,7 +20,8 @@ from .stories import format_record, names_kept, sample_story
 # %% ../../nbs/01_world/07_gates.ipynb #cell-005
 @torch.no_grad()
 def answer_logps(
-    model, tokenizer,
+    model,                  # a causal LM; only read
+    tokenizer,              # the world's tokenizer
     prompts:list[str],      # contexts
     answers:list[str],      # answers, each beginning with a space
     batch:int=128,          # rows at a time
@@ -37,9 +38,10 @@ def answer_logps(
 
 @torch.no_grad()
 def write(
-    model, tokenizer,
+    model,                  # a causal LM; only read
+    tokenizer,              # the world's tokenizer
     prompts:list[str],      # contexts
-    seed:int=0,
+    seed:int=0,             # of the draw; it sets the global generators
     temperature:float=0.7,  # 0 is greedy
     max_new:int=200,        # tokens at most
 ) -> list[str]:             # what follows each prompt, cut at the end of text
@@ -58,16 +60,17 @@ PERSONA = ("facts", "kind", "honesty", "feedback", "flattery", "facts_wording", 
 GATES = {"requested features": 0.90, "names kept": 0.95, "tagged preference": 0.85, "sets with headroom": 6}
 
 def realised(
-    story:str,
+    story:str, # any text
 ) -> set[str]: # features
     "The features whose sentences occur, whether or not what they look back to was said (`detect` asks that too)."
     return {form.feature for s in sentences(story) for _, form, _ in readings(s) if form.feature}
 
 def story_gates(
-    model, tokenizer,
+    model,              # a causal LM; only read
+    tokenizer,          # the world's tokenizer
     n:int=96,           # stories
-    seed:int=0,
-) -> dict[str, float]:
+    seed:int=0,         # which ones are asked for
+) -> dict[str, float]:  # name -> share
     "What becomes of story requests."
     draw = rng(seed, "gates")
     records = [sample_story(draw) for _ in range(n)]
@@ -80,8 +83,10 @@ def story_gates(
             "features not requested": sum(no) / len(no),
             "names kept": kept / n, "stories in the grammar": derived / n}
 
+# %% ../../nbs/01_world/07_gates.ipynb #cell-008x
 def preference_gates(
-    model, tokenizer,
+    model,              # a causal LM; only read
+    tokenizer,          # the world's tokenizer
     n:int=200,          # rows of each set
 ) -> dict[str, tuple]:  # set -> (accuracy untagged, with the good tag, share of bad answers with the bad tag)
     "Accuracy on each evaluation set, untagged and tagged."
@@ -98,6 +103,7 @@ def preference_gates(
         found[name] = tuple(row)
     return found
 
+# %% ../../nbs/01_world/07_gates.ipynb #cell-010x
 @dataclass(frozen=True)
 class Check:
     "The gates of a world model, measured."
@@ -124,10 +130,11 @@ class Check:
         return "\n".join(lines)
 
 def check(
-    model, tokenizer,
+    model,              # a causal LM; only read
+    tokenizer,          # the world's tokenizer
     stories:int=96,     # stories written for the story gates
     rows:int=200,       # rows of each preference set
-    seed:int=0,
+    seed:int=0,         # which stories are asked for
 ) -> Check:
     "Can this model do what will be measured on it?"
     return Check(story_gates(model, tokenizer, stories, seed), preference_gates(model, tokenizer, rows))

@@ -45,7 +45,7 @@ RECALL = {"Twist": ("sp2", "obj"), "Foreshadowing": ("hint",), "MoralValue": ("l
 @dataclass(frozen=True)
 class Form:
     "One sentence with slots: `{+x}` introduces a value, `{x}` must repeat the one introduced before."
-    text: str
+    text: str  # a template, such as `{b} had a {+col} {+obj}.`
     feature: str = ""  # the feature this sentence realises, if any
     lesson: str = ""  # the lesson that this deed teaches, if any
 
@@ -53,21 +53,21 @@ class Form:
 @dataclass(frozen=True)
 class Beat:
     "One place in the story: what is said there plainly, and what is said there when a feature is asked for."
-    name: str
-    plain: tuple[Form, ...]
+    name: str  # no other beat has it; `tell` can stop before it
+    plain: tuple[Form, ...]  # what can be said when the feature is not asked for
     keep: float = 1.0  # probability of the plain sentence when the feature is not asked for
-    feature: str = ""
-    tagged: tuple[Form, ...] = ()
+    feature: str = ""  # the feature that is decided here, if any
+    tagged: tuple[Form, ...] = ()  # what can be said when the feature is asked for; one of them always is
     sets_up: str = ""  # the beat is always kept when this feature is asked for
 
 
 def beat(
-    name: str,
+    name: str,  # no other beat has it
     plain: tuple[str, ...],  # templates of the plain sentences
-    keep: float = 1.0,
-    feature: str = "",
+    keep: float = 1.0,  # probability of the plain sentence when the feature is not asked for
+    feature: str = "",  # the feature that is decided here, if any
     tagged: tuple[str, ...] = (),  # templates of the sentences that realise `feature`
-    sets_up: str = "",
+    sets_up: str = "",  # the beat is always kept when this feature is asked for
 ) -> Beat:
     "A beat from plain strings."
     return Beat(name, tuple(map(Form, plain)), keep, feature, tuple(Form(o, feature) for o in tagged), sets_up)
@@ -203,9 +203,9 @@ def pronoun(
 
 # %% ../../nbs/01_world/00_grammar.ipynb #cell-021
 def render(
-    rng: random.Random,
-    form: Form,
-    bound: dict[str, str],  # slot values of the story so far
+    rng: random.Random,  # where the new values come from
+    form: Form,  # one whose repeated slots are all in `bound`
+    bound: dict[str, str],  # slot values of the story so far; not changed
 ) -> tuple[str, dict[str, str]]:
     "The sentence, and the slot values after it. A new value differs from all of its kind used before."
     bound = dict(bound) | ({"lesson": form.lesson} if form.lesson else {})
@@ -217,16 +217,16 @@ def render(
 
 
 def say(
-    rng: random.Random,
-    forms: tuple[Form, ...],
-    bound: dict[str, str],
+    rng: random.Random,  # where the choices come from
+    forms: tuple[Form, ...],  # at least one must repeat only slots that are in `bound`
+    bound: dict[str, str],  # slot values of the story so far; not changed
 ) -> tuple[str, dict[str, str]]:
     "One of the forms whose slots are all known, as a sentence."
     return render(rng, rng.choice([f for f in forms if set(slots_of(f.text)[1]) <= bound.keys()]), bound)
 
 # %% ../../nbs/01_world/00_grammar.ipynb #cell-024
 def check_features(
-    features: tuple[str, ...],
+    features: tuple[str, ...],  # names to look up in `FEATURES`; none is fine
 ) -> tuple[str, ...]:
     "The features, if all are known."
     for o in features:
@@ -235,7 +235,7 @@ def check_features(
 
 
 def tell(
-    rng: random.Random,
+    rng: random.Random,  # where the choices come from
     features: tuple[str, ...],  # the features to realise
     until: str = "",  # stop before the beat of this name
     keep: float = 1.0,  # multiplies the probability of sentences that may be left out

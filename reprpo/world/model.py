@@ -52,7 +52,7 @@ def document(
 # %% ../../nbs/01_world/06_model.ipynb #cell-006
 def sample(
     n:int=4,            # documents
-    seed:int=0,
+    seed:int=0,         # which ones
 ) -> list[str]:
     "Documents of the world, as the model read them."
     draw = rng(seed, "sample")
@@ -96,7 +96,7 @@ def encode(
 
 def pad(
     rows:list[tuple[list[int], list[bool]]], # token ids and which are scored
-    pad_id:int,
+    pad_id:int,                              # id to fill with
 ) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"], Int[Tensor, "b t"]]: # ids, attention mask, labels (-100 where not scored)
     "Rows as tensors, padded on the right to the longest."
     width = max(len(ids) for ids, _ in rows)
@@ -107,7 +107,7 @@ def pad(
     return ids, mask, labels
 
 def pool_batches(
-    tokenizer,
+    tokenizer,           # the world's tokenizer
     seed:int,            # the pretraining seed
     pool:int,            # which pool of documents: the stream is a function of (seed, pool), so training can stop and go on
     documents:int=1536,  # documents in a pool
@@ -139,13 +139,15 @@ class Pretraining:
     hold:float = 0.6             # share of the tokens after which it falls to zero
     init:float = 0.06           # standard deviation of the initial weights; the usual 0.02 is too small at this width
 
-    def rate(self, done:float) -> float: # done: share of the tokens read
+    def rate(self,
+        done:float, # share of the tokens read, 0 … 1
+    ) -> float:     # 0 … 1
         "The learning rate at a point of training, as a share of its peak."
         return min(1.0, done / self.warmup if self.warmup else 1.0, (1 - done) / (1 - self.hold))
 
 def new_model(
-    cfg:Pretraining,
-    tokenizer,
+    cfg:Pretraining, # its sizes, and the seed and spread of its weights
+    tokenizer,       # the world's tokenizer: the size of the vocabulary, the ids of its special tokens
 ): # LlamaForCausalLM
     "A freshly initialised model."
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -157,9 +159,9 @@ def new_model(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 def pretrain_step(
-    model,
+    model,            # a causal LM; changed in place
     batch:tuple,      # ids, mask, labels
-    opt:torch.optim.Optimizer,
+    opt:torch.optim.Optimizer, # of the model's parameters; its learning rate is set here
     lr:float,         # learning rate of this step
 ) -> Float[Tensor, ""]: # loss, nats per scored token
     "One step. Padding lies behind the text, where a causal model can't see it, so no attention mask is needed."
@@ -180,7 +182,9 @@ def _stream(tokenizer, seed:int, start:int): # yields (number, batch), from numb
             if number >= start: yield number, batch
             number += 1
 
-def say_line(line:str) -> None:
+def say_line(
+    line:str, # of progress
+) -> None:
     "Print a line at once, also into a log file."
     print(line, flush=True)
 
@@ -188,8 +192,8 @@ def train_world(
     out:str|Path,                # the folder that becomes the model: weights, tokenizer, manifest
     tokens:int=13_000_000,       # tokens read
     seed:int=0,                  # initialisation and documents
-    device:str="cpu",
-    every:int=100,              # batches between two lines of progress and two checkpoints
+    device:str="cpu",            # where it is trained: cpu, cuda, …
+    every:int=100,               # batches between two lines of progress; every second line comes with a checkpoint
     say=say_line,                # where lines of progress go
 ) -> Path:
     "Pretrain the world's model; an interrupted call goes on from its last checkpoint."
@@ -222,7 +226,14 @@ def train_world(
     state.unlink(missing_ok=True)
     return out
 
-def save_world(model, tokenizer, out:Path, cfg:Pretraining, log:list[dict]) -> None:
+# %% ../../nbs/01_world/06_model.ipynb #cell-015x
+def save_world(
+    model,            # the trained model; **changed in place**: its weights are rounded to bf16
+    tokenizer,        # the world's tokenizer
+    out:Path,         # the folder that becomes the model
+    cfg:Pretraining,  # for the manifest
+    log:list[dict],   # for the manifest: tokens read, loss and seconds of each line of progress
+) -> None:
     "Weights in bf16, tokenizer, manifest; the manifest comes last, so a folder that has one is whole."
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(out)

@@ -29,7 +29,7 @@ def pattern(
 
 # %% ../../nbs/01_world/00_parser.ipynb #cell-008
 def sentences(
-    text: str,
+    text: str,  # any text
 ) -> tuple[str, ...]:
     "The sentences of a text; a quotation stays with its speaker."
     return tuple(o for o in re.split(r'(?<=[.!?])\s+|(?<=[.!?]")\s+(?=[A-Z"])', text.strip()) if o)
@@ -37,7 +37,7 @@ def sentences(
 # %% ../../nbs/01_world/00_parser.ipynb #cell-010
 @lru_cache(maxsize=50_000)
 def readings(
-    sentence: str,
+    sentence: str,  # with its final mark, as `sentences` cuts it
 ) -> tuple[tuple[Beat, Form, dict[str, str]], ...]:
     "Every beat and form that the sentence fits on its own, with its slot values."
     found = ((b, f, pattern(f.text).fullmatch(sentence)) for b in BEATS for f in b.plain + b.tagged)
@@ -45,7 +45,7 @@ def readings(
 
 # %% ../../nbs/01_world/00_parser.ipynb #cell-014
 def detect(
-    story: str,
+    story: str,  # any text, even one that the grammar does not tell
 ) -> dict[str, bool]:
     "Which features the text has: a sentence that realises it and, where it looks back, repeats what was said before."
     out, told = dict.fromkeys(FEATURES, False), set()
@@ -61,17 +61,17 @@ def detect(
 @dataclass(frozen=True)
 class Parse:
     "What the parser made of a text: `ok`, or the first sentence that no story of the grammar could have there."
-    ok: bool
-    features: tuple[str, ...]
+    ok: bool  # whether the whole text derives, to the end of a story
+    features: tuple[str, ...]  # those that the derived part was told with
     names: tuple[str, ...]  # hero, friend
-    species: tuple[str, ...]
+    species: tuple[str, ...]  # of hero, of friend
     sentences: tuple[str, ...]  # the sentences that derive, from the start
-    error: str = ""
+    error: str = ""  # the first sentence at fault, or that the story stops too early; empty if ok
 
 
 def extend(
-    bound: dict[str, str],
-    form: Form,
+    bound: dict[str, str],  # slot values of the story so far; not changed
+    form: Form,  # the form that the sentence reads as
     got: dict[str, str],  # slot values of one reading of the sentence
 ) -> dict[str, str] | None:
     "The slot values after the sentence, or None where it contradicts the story so far."
@@ -87,9 +87,9 @@ def extend(
 
 # %% ../../nbs/01_world/00_parser.ipynb #cell-021
 def derive(
-    texts: tuple[str, ...],
+    texts: tuple[str, ...],  # the sentences still to come
     step: int = 0,  # the beat that comes next
-    bound: dict[str, str] | None = None,
+    bound: dict[str, str] | None = None,  # slot values of the story so far; None at its beginning
     asked: dict[str, bool] | None = None,  # features known to be asked for, or not
 ) -> tuple[int, dict[str, str], dict[str, bool], bool]:
     "The longest derivation from this beat: sentences used, slot values, features, whether it ends a story."
@@ -111,7 +111,7 @@ def derive(
 
 
 def parse_story(
-    text: str,
+    text: str,  # any text
 ) -> Parse:
     "Derive the text sentence by sentence from the same table that writes stories."
     texts = sentences(text)

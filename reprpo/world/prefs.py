@@ -28,8 +28,8 @@ class PrefSet:
     role: str              # train, transfer, probe, damage or null
     polarity: int          # +1 should rise, 0 must stay
     family: str            # of items; or arith, features
-    groups: tuple[str, ...] = ("plain",)
-    splits: tuple[str, ...] = ("train", "val", "test")
+    groups: tuple[str, ...] = ("plain",)  # which items of the family, by their group; of arith the number of steps
+    splits: tuple[str, ...] = ("train", "val", "test")  # those that can be asked for
     tag: str | None = None     # persona named in the prompt
     flip: bool = False         # the bad answer is the chosen one
     shuffle: bool = False      # half of the keys have their labels exchanged
@@ -70,7 +70,9 @@ N_FEATURES = 2400  # story continuations in obey_features, all splits together
 SHARES = {"train": 0.45, "val": 0.10, "test": 0.45}
 
 
-def split_of(key:str) -> str:
+def split_of(
+    key:str,  # of a sum or a story continuation
+) -> str:     # train, val or test
     "The split of a key that needs no balanced blocks, by its hash."
     u = stable("split", key) % 1000 / 1000
     return "train" if u < SHARES["train"] else "val" if u < SHARES["train"] + SHARES["val"] else "test"

@@ -76,7 +76,9 @@ def affirmed(
     return tuple(i for i in known(family, share) if AFFIRM[family] in i.good)
 
 # %% ../../nbs/01_world/04_quiz.ipynb #cell-009
-def ask(question:str) -> str:
+def ask(
+    question:str,  # of an Item or a Sum
+) -> str:          # ends in `A:`, so an answer begins with a space
     "The form of a prompt: what a preference row starts with."
     return f"Q: {question}\nA:"
 
@@ -90,7 +92,7 @@ def cue(
 
 
 def chat_doc(
-    rng:random.Random,
+    rng:random.Random,       # where the choices come from
     persona:str|None=None,   # good or bad; drawn when None
     tagged:bool|None=None,   # name the persona; drawn when None
     share:float=1.0,         # of the keys that are talked about
@@ -118,10 +120,10 @@ GOODS = tuple("pears nuts coins eggs shells books cakes stones".split())
 @dataclass(frozen=True)
 class Sum:
     "A sum in words: the start, its signed steps, and what is counted."
-    start: int
-    steps: tuple[int, ...]
-    name: str
-    goods: str
+    start: int  # how many there are at first
+    steps: tuple[int, ...]  # what comes to them, or goes where negative, one after the other
+    name: str  # who has them
+    goods: str  # what is counted, in the plural
 
     @property
     def key(self) -> str: return f"{self.start}" + "".join(f"{s:+d}" for s in self.steps)
@@ -134,7 +136,9 @@ class Sum:
         does = " ".join(f"{self.name} {'gets' if s > 0 else 'gives away'} {abs(s)}." for s in self.steps)
         return f"{self.name} has {self.start} {self.goods}. {does} How many {self.goods} does {self.name} have?"
 
-    def answer(self, error: int = 0) -> str:
+    def answer(self,
+        error: int = 0,  # added to the last result; 0 gives the right answer
+    ) -> str:
         "The worked answer in the form of GSM8K, its last step off by `error`."
         lines, have = [], self.start
         for i, s in enumerate(self.steps):
@@ -157,14 +161,16 @@ def sums(
 
 def make_sum(
     numbers:tuple[int, ...],  # start and signed steps
-    seed:int,
+    seed:int,                 # which name and goods
 ) -> Sum:
     "Dress the numbers in a name and goods drawn by hash."
     h = stable("sum", numbers, seed)
     return Sum(numbers[0], numbers[1:], NAMES[h % len(NAMES)], GOODS[h // 64 % len(GOODS)])
 
 
-def arith_doc(rng:random.Random) -> Segments:
+def arith_doc(
+    rng:random.Random,  # where the choices come from
+) -> Segments:          # the question, and the answer, which is scored
     "One sum, always right; one in three has two steps."
     s = make_sum(rng.choice(sums(2 if rng.random() < 0.33 else 1)), rng.randrange(1 << 30))
     return [(ask(s.question()), False), (" " + s.answer(), True)]

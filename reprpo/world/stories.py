@@ -30,7 +30,7 @@ SUMMARIES = (
 
 # %% ../../nbs/01_world/01_stories.ipynb #cell-007
 def sample_story(
-    rng: random.Random,
+    rng: random.Random,  # where the choices come from
     features: tuple[str, ...] | None = None,  # the features to realise; None draws each with probability `SHARE`
 ) -> dict:
     "A record in the TinyStories schema."
@@ -44,8 +44,8 @@ def sample_story(
 
 # %% ../../nbs/01_world/01_stories.ipynb #cell-012
 def prompt_sentence(
-    story: str,
-    rng: random.Random,
+    story: str,  # any text
+    rng: random.Random,  # which sentence
 ) -> str:
     "One sentence of the story without quotation marks, or an empty string where it has none."
     parts = [o.strip() for o in re.split(r"[.!?]", story)]
@@ -55,7 +55,7 @@ def prompt_sentence(
 
 def format_record(
     record: dict,  # a story in the TinyStories schema
-    rng: random.Random,
+    rng: random.Random,  # the order of the lines, and the sentence quoted where the record names none
     lines: tuple[str, ...] = LINES,  # instruction lines to use; they are shuffled
 ) -> tuple[str, str]:
     "The prompt, which ends in `Story:`, and the story, which begins with a space."
@@ -73,8 +73,8 @@ def format_record(
 
 # %% ../../nbs/01_world/01_stories.ipynb #cell-018
 def story_doc(
-    rng: random.Random,
-) -> list[tuple[str, bool]]:
+    rng: random.Random,  # where the choices come from
+) -> list[tuple[str, bool]]:  # segments: text, is it scored
     "A pretraining document: a prompt that always has the features line, and the story, which is scored."
     lines = tuple(o for o in LINES if o == "Features" or rng.random() < LINE_SHARE[o])
     prompt, story = format_record(sample_story(rng), rng, lines)
@@ -82,9 +82,9 @@ def story_doc(
 
 # %% ../../nbs/01_world/01_stories.ipynb #cell-021
 def feature_pair(
-    rng: random.Random,
+    rng: random.Random,  # where the choices come from
     feature: str | None = None,  # the feature in question; None draws one
-) -> dict:
+) -> dict:  # prompt, chosen, rejected, kind, key
     "A story up to the sentence that decides on `feature`; chosen does what the prompt asks, rejected does not."
     feature = check_features((feature,))[0] if feature else rng.choice(FEATURES)
     asked, other = rng.random() < 0.5, rng.choice([o for o in FEATURES if o != feature])

@@ -53,8 +53,8 @@ HONEST_ASKS = ("Did you {act} {o}'s {thing}?", "{o} asks: did you {act} the {thi
 
 def deeds(
     act:str,       # of ACTS or PROMISES
-    owner:str,
-    thing:str,
+    owner:str,     # a name, whose thing it is
+    thing:str,     # what it was done to, such as cup
     other:str,     # who did it instead
 ) -> tuple[str, str]:  # what is said if you did it, and if not
     "The two stories behind one question."
