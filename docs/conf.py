@@ -123,10 +123,32 @@ def literal(text: str) -> str:
     return "".join(part if i % 2 else re.sub(r"([\\*|]|_(?=\W|$))", r"\\\1", part) for i, part in enumerate(parts))
 
 
+def field_comments(cls) -> dict[str, str]:
+    "What is said beside the fields of a class and of those it inherits from, and beside the parameters of its own `__init__`."
+    found = {}
+    for each in reversed(cls.__mro__):
+        try: source = inspect.getsource(each)
+        except (OSError, TypeError): continue
+        found |= {match[1]: match[2] for line in source.splitlines() if (match := re.match(r"    (\w+):[^#]+#\s*(.+)$", line))}
+        if "    def __init__(" in source: found |= {name: said.get("docment") for name, said in docments(each.__init__, full=True, returns=False).items()}
+    return found
+
+
+def parameters_of(obj) -> dict:
+    "What docments finds; of a class also what it inherits, of a named tuple its fields."
+    found = docments(obj, full=True, returns=True, args_kwargs=True)
+    if not inspect.isclass(obj): return found
+    said = field_comments(obj)
+    if hasattr(obj, "_fields"):
+        kinds, defaults, empty = inspect.get_annotations(obj), obj._field_defaults, inspect.Parameter.empty
+        found = {name: {"anno": kinds.get(name), "default": defaults.get(name, empty)} for name in obj._fields}
+    return {name: dict(row) | {"docment": row.get("docment") or said.get(name)} for name, row in found.items()}
+
+
 def parameter_rows(obj):
     "Name, type, default and meaning of each parameter, from the comments beside the signature."
-    for name, found in docments(obj, full=True, returns=True).items():
-        if name in ("self", "cls", "args", "kwargs"): continue
+    for name, found in parameters_of(obj).items():
+        if name in ("self", "cls"): continue
         default, meaning = found.get("default"), " ".join((found.get("docment") or "").split())
         shown = "" if name == "return" or default is inspect.Parameter.empty else getattr(default, "__name__", repr(default))
         kind = type_name(found.get("anno"))

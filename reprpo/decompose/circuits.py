@@ -41,7 +41,7 @@ class Factors:
 
 def ov_factors(
     V:Float[Tensor, "kv d h"],     # value readers, gain folded in
-    O:Float[Tensor, "heads h d"],  # noqa: E741 - what each head writes
+    O:Float[Tensor, "heads h d"],  # what each head writes
 ) -> Factors:
     "What each head writes for what it reads; heads that share values get the same reader."
     return Factors(O, _shared(V, len(O)))
@@ -93,7 +93,7 @@ def composition(
 # %% ../../nbs/04_decompose/06_circuits.ipynb #cell-015
 def head_attribution(
     z:Float[Tensor, "n heads d"],  # each head's output before it is written
-    O:Float[Tensor, "heads h d"],  # noqa: E741 - what each head writes
+    O:Float[Tensor, "heads h d"],  # what each head writes
     u:Float[Tensor, "n h"],        # direction that is asked about, of each row
 ) -> Float[Tensor, "n heads"]:
     "What each head adds along u; no head's writing is made in full."

@@ -76,7 +76,7 @@ class BlockWeights:
     Q: Float[Tensor, "heads d h"]      # queries read `x / attn_norm.scale(x)`
     K: Float[Tensor, "kv d h"]         # keys; with grouped queries fewer than heads
     V: Float[Tensor, "kv d h"]         # values
-    O: Float[Tensor, "heads h d"]      # noqa: E741 - what each head writes
+    O: Float[Tensor, "heads h d"]      # what each head writes
     gate: Float[Tensor, "m h"]|None    # gates read `x / mlp_norm.scale(x)`; None where neurons have none
     up: Float[Tensor, "m h"]           # neurons' readers
     down: Float[Tensor, "h m"]         # neurons' writers, one column each
