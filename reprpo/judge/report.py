@@ -16,12 +16,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from ..errors import UserError, nearest
 from ..io import atomic_write, write_json
 from .findings import ROLE_NAMES, summarise
 from .forest import baseline, forest, marks, wrap_name
 from .generalise import TRANSFER, Generalisation, as_markdown, generalise, header, metrics, notes
 from .page import Page, write_page
-from .verdict import Judgement, judge_all
+from .verdict import Judgement, judge_all, reference_name
 
 # %% ../../nbs/09_judge/03_report.ipynb #cell-005
 def layout(
@@ -134,11 +135,14 @@ def plain_page(
     examples: dict | None = None,  # set -> text of a few samples
     manifest: dict | None = None,  # how it was made
     versus: str | None = None,  # second reference; None: the DPO among the methods
-    **options,  # score, seed
+    **options,  # status, score, seed, ceilings: of judge_all
 ) -> Page:
     "A page of the scores alone: no tuning, no frontier, no logs."
+    names = [m for m in frame.method.unique() if m != "base"]
+    if versus and reference_name(names, versus) is None:
+        raise UserError(f"no scores of '{versus}' to compare with{nearest(versus, names)}")
     samples = [dict(set=k, prompt="", method="", text=str(v)) for k, v in (examples or {}).items()]
-    judgement = judge_all(frame, sets, against=versus or "dpo", **{k: v for k, v in options.items() if k in ("score", "seed")})
+    judgement = judge_all(frame, sets, against=versus or "dpo", **options)
     return Page(question, judgement, scores=frame, samples=samples, manifest=manifest or {})
 
 
@@ -158,12 +162,12 @@ def write_report(
     manifest: dict | None = None,  # how it was made
     versus: str | None = None,  # second reference; None: the DPO among the methods
     page: Page | None = None,  # with all that is known; None: one of the scores alone
-    **options,  # score, level, n_boot, seed
+    **options,  # score; without a page also status, seed, ceilings: of judge_all
 ) -> list[Generalisation]:
     "results.csv, table.txt, table.md, forest.png, summary.json, and the page: report.html, report.md with report/; the tables come back."
     folder = Path(folder)
-    tables = judged_tables(page.judgement) if page and page.judgement else compare_tables(frame, sets, versus, **options)
     page = page or plain_page(frame, sets, question, examples, manifest, versus, **options)
+    tables = judged_tables(page.judgement) if page.judgement else compare_tables(frame, sets, versus, **options)
     results = metrics(frame, sets, **{k: v for k, v in options.items() if k == "score"})
     atomic_write(folder / "results.csv", results.to_csv(index=False, float_format="%.6g"))
     atomic_write(folder / "table.txt", "\n\n".join(map(text_table, tables)) + "\n")
