@@ -45,7 +45,8 @@ def draw_strip(
     "A method's headline with its detectable effect and its word, the other footings below."
     v = j.verdicts[method]
     draw_verdict(ax, v, i)
-    ax.plot([-v.mde, v.mde], [i, i], "|", ms=11, mew=1.2, color=COLORS["null"], zorder=2)
+    if not v.estimate.demonstration:
+        ax.plot([-v.mde, v.mde], [i, i], "|", ms=11, mew=1.2, color=COLORS["null"], zorder=2)
     others = [vs[method] for basis, vs in j.beside.items() if method in vs]
     for k, other in enumerate(others):
         draw_verdict(ax, other, i + STEP * (k + 1), headline=False)
@@ -62,7 +63,8 @@ def legend_marks(
     for basis, (marker, ink) in FOOTINGS.items():
         if basis in head or basis in j.beside:
             ax.plot([], [], marker, color=ink, mfc=ink if basis in head else "white", label=f"at {basis}")
-    ax.plot([], [], "|", ms=11, mew=1.2, ls="", color=COLORS["null"], label="± minimum detectable effect")
+    if not all(v.estimate.demonstration for v in j.verdicts.values()):
+        ax.plot([], [], "|", ms=11, mew=1.2, ls="", color=COLORS["null"], label="± minimum detectable effect")
 
 # %% ../../nbs/09_judge/09_verdict_chart.ipynb #cell-006
 def verdict_chart(

@@ -10,6 +10,7 @@ __all__ = ['PURPOSE', 'ROLE_NAMES', 'FEATURES', 'number', 'p_value', 'plural', '
 # %% ../../nbs/09_judge/10_findings.ipynb #cell-002
 import math
 from collections import Counter
+from numbers import Real
 
 import pandas as pd
 
@@ -20,14 +21,14 @@ from .verdict import MARGIN, Judgement, Verdict
 
 # %% ../../nbs/09_judge/10_findings.ipynb #cell-005
 def number(
-    x,  # an int or float; anything else, infinite or NaN: a dash
+    x,  # a number, NumPy's own among them; anything else, infinite or NaN: a dash
     digits: int = 2,  # decimals
     sign: bool = False,  # with a plus
 ) -> str:
     "A number as a cell; a dash where there is none."
-    if x is None or not isinstance(x, (int, float)) or not math.isfinite(x):
+    if not isinstance(x, Real) or not math.isfinite(x):
         return "–"
-    return f"{round(x, digits) + 0.0:{'+' if sign else ''}.{digits}f}"
+    return f"{round(float(x), digits) + 0.0:{'+' if sign else ''}.{digits}f}"
 
 
 def p_value(
@@ -79,7 +80,7 @@ def verdict_row(
     "A verdict as cells."
     b = f"{breaks['broken']} / {breaks['suspect']} of {breaks['runs']}" if breaks else "–"
     return {"method": v.method, "verdict": v.word, "points [95 %]": str(v.estimate), "sign-flip p": p_value(v.p_flip), "equivalence p": p_value(v.p_tost),
-            "could find": number(v.mde, 1), "seeds": str(v.estimate.seeds), "broken / suspect": b, "note": v.note}
+            "could find": "–" if v.estimate.demonstration else number(v.mde, 1), "seeds": str(v.estimate.seeds), "broken / suspect": b, "note": v.note}
 
 
 def verdict_table(
@@ -129,7 +130,7 @@ def verdict_blocks(
         return [Text(answer(j), "lead")]
     explained = ("Points are percentage points of accuracy. Better or worse: the interval excludes 0 and the sign-flip test over seeds has p < .05. "
                  f"Equivalent: the interval lies within ±{MARGIN:g}. Not resolved: neither. “Could find” is the true difference that would have been "
-                 "found four times in five.")
+                 f"found four times in five; below {MIN_SEEDS} seeds, where there is no verdict, a dash.")
     extra = [b for b in (beside_table(j), moved_table(j)) if b]
     return [Text(answer(j), "lead"), verdict_table(j), Text(explained, "note"), *extra]
 
@@ -268,9 +269,9 @@ def power_line(
     j: Judgement,  # a whole comparison, from judge_all
 ) -> str:
     "What the size of the experiment could find."
-    sizes = sorted(v.mde for v in j.verdicts.values() if math.isfinite(v.mde))
+    sizes = sorted(v.mde for v in j.verdicts.values() if math.isfinite(v.mde) and not v.estimate.demonstration)
     if not sizes:
-        return f"With a single seed nothing can be said about other seeds; a verdict takes {MIN_SEEDS}."
+        return f"Fewer than {MIN_SEEDS} seeds: a demonstration of how it is done. No verdict is given, so no difference, however large, would have been found."
     low, high = number(sizes[0], 1), number(sizes[-1], 1)
     span = low if low == high else f"{low} to {high}"
     return (f"A true difference of {span} points, depending on the method, would have been found four times in five; smaller ones can be there unseen. "
@@ -287,8 +288,9 @@ def limits(
     if j is None or not j.verdicts:
         return [*lines, "Nothing was compared with another method, so nothing is said about which is better."]
     lines.append(power_line(j))
-    if any(v.word == "demonstration" for v in j.verdicts.values()):
-        lines.append(f"Fewer than {MIN_SEEDS} seeds: a demonstration of how it is done, without a verdict.")
+    few = [m for m, v in j.verdicts.items() if v.estimate.demonstration]
+    if 0 < len(few) < len(j.verdicts):
+        lines.append(f"Fewer than {MIN_SEEDS} seeds of {listed(few)}: a demonstration of how it is done, without a verdict.")
     if j.equal_kl is None:
         lines.append("Methods are compared as they came out, not at equal movement from the reference: one that moved further may be ahead for that alone.")
     if not tuned:

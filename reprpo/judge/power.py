@@ -217,8 +217,8 @@ class Measured:
     def __str__(self) -> str:
         e = self.estimate
         return (f"{self.method} against {self.against}: {e} points, {e.seeds} seeds, {self.rows} rows, {self.kinds} kinds; "
-                f"spread in points: {self.noise}; could have found {mde(e.se, e.df):.1f} points"
-                + (f" (demonstration: a verdict needs {MIN_SEEDS} seeds)" if e.demonstration else ""))
+                f"spread in points: {self.noise}; "
+                + (f"could have found nothing: a verdict needs {MIN_SEEDS} seeds" if e.demonstration else f"could have found {mde(e.se, e.df):.1f} points"))
 
 
 def effective_kinds(
@@ -262,14 +262,14 @@ def power_report(
     measured: list[Measured] = (),  # finished comparisons; empty: TYPICAL
     effect: float = 3.0,  # difference worth finding, points
     seeds: int | None = None,  # planned; None: the smallest number that does
-    rows: int | None = None,  # planned, in all transfer sets; None: as measured
-    kinds: int | None = None,  # planned, in all transfer sets; None: as measured
+    rows: int | None = None,  # planned, in all transfer sets; None: as measured, the fewest where several were
+    kinds: int | None = None,  # planned, in all transfer sets; None: as measured, the fewest where several were
     target: float = 0.8,  # wanted power
 ) -> str:
     "What a finished comparison could have found, and what the next one needs, as text."
     noise = Noise(*np.sqrt(np.mean([np.square(astuple(m.noise)) for m in measured], 0)).tolist()) if measured else TYPICAL
-    rows = rows or (measured[0].rows if measured else 1200)
-    kinds = min(kinds or (measured[0].kinds if measured else 120), rows)
+    rows = rows or min((m.rows for m in measured), default=1200)
+    kinds = min(kinds or min((m.kinds for m in measured), default=120), rows)
     sizes = sorted({1.0, 2.0, 3.0, 5.0, abs(effect)})
     chances = pd.DataFrame({s: 100 * power(sizes, s, rows, kinds, noise) for s in sorted({*SEEDS, *([seeds] if seeds else [])})},
                            index=[f"{d:+g}" for d in sizes]).T.rename_axis("seeds")
