@@ -10,7 +10,8 @@ __all__ = ['Folder', 'RUN', 'first', 'may', 'Demo', 'Reading', 'Judging', 'Evalu
 # %% ../nbs/10_experiments/05_commands.ipynb #cell-002
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
@@ -118,7 +119,7 @@ class SplitPairs(Reading):
 @dataclass(frozen=True)
 class Report:
     "Rebuild results.csv, summary.json and report.html from the scores on disk."
-    dirs: Positional[Annotated[tuple[str, ...], first("DIR...")]] = ()  # output folder of compare or demo; several of one comparison are put together
+    dirs: Positional[Annotated[tuple[str, ...], first("DIR...")]] = ()  # output folder of compare or demo; several, of other seeds or methods, are put together
     score: Literal["mean", "sum"] = "mean"  # an answer's score: mean or sum of its tokens' log-probs
     ceilings: Annotated[str | None, unset("FILE", "none")] = None  # CSV with columns set, accuracy: of models tuned on the set itself
 
@@ -170,12 +171,12 @@ class Methods:
 # %% ../nbs/10_experiments/05_commands.ipynb #cell-007
 def _train(a) -> int:
     check(a)
-    print(f"{a.method} on {a.train}; then base and adapter are scored on the same rows. All of it is kept in {a.out}.", flush=True)
     from reprpo.experiments.evaluate import train_one
     from reprpo.experiments.jobs import clock
     from reprpo.judge.report import text_table
     start = time.perf_counter()
-    print(f"\n{text_table(train_one(a))}\n\n{a.out}/, after {clock(time.perf_counter() - start)}; reprpo judge {a.out} tries it on rows it has not seen")
+    table = train_one(a, say=partial(print, flush=True))
+    print(f"\n{text_table(table)}\n\n{a.out}/, after {clock(time.perf_counter() - start)}; reprpo judge {a.out} tries it on rows it has not seen")
     return 0
 
 def _compare(a) -> int:
@@ -256,9 +257,15 @@ def _show(a) -> int:
     return 0
 
 def _lint(a) -> int:
-    from reprpo.experiments.lint import lint_specs
-    loaded = _read_model(a) if a.reference and a.model != "world" else None
-    found = lint_specs(a.specs, a.model if a.reference else None, a.max_length, n=a.n, device=a.device, loaded=loaded)
+    from reprpo.experiments.lint import is_asked, lint_specs
+    from reprpo.pairs.spec import parse_eval
+    model = a.model if a.reference else None
+    asked = any(is_asked(model, parse_eval(spec)) for spec in a.specs)
+    given = [f.name for f in fields(a) if f.name not in ("specs", "model", "reference") and getattr(a, f.name) != f.default]
+    if a.specs and given and not asked:
+        why = "the world's model is asked about the world's sets only; name one with --model" if model else "--no-reference asks none"
+        raise UserError(f"--{given[0].replace('_', '-')} is for the model that reads the pairs, and {why}")
+    found = lint_specs(a.specs, model, a.max_length, n=a.n, loaded=_read_model(a) if asked else None)
     print(found)
     return 0 if found.ok else 1
 

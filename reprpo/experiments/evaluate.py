@@ -9,6 +9,7 @@ __all__ = ['ASKED', 'beside_base', 'train_one', 'Evaluation', 'settings', 'dress
 # %% ../../nbs/10_experiments/05_evaluate.ipynb #cell-002
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -58,14 +59,18 @@ def beside_base(
 def train_one(
     config:TrainOne,     # checked
     show:bool=True,      # the step-zero table and the progress
+    say:Callable|None=None, # told what is going to run, once all that could be wrong has been looked at; None: nobody is
 ) -> Generalisation:     # its table
     "Make one run folder, and its table against the base model."
     out, method = Path(config.out), Method.parse(config.method)
     settled = settle_sets(config, {}, out.with_name(f"{out.name}-sets"))
     bench = prepare(shared(settled.config), load_data(settled.config, settled.given), loaded=settled.loaded)
-    if not (check_folder(out, {"method": method.label} | bench.config.asdict()) and is_done(out)):
+    done = check_folder(out, {"method": method.label} | bench.config.asdict()) and is_done(out)
+    if not done: look(bench, [method])
+    if say: say(f"{out} holds this run already; its base is scored again." if done else
+                f"{method.label} on {config.train}; then base and adapter are scored on the same rows. All of it is kept in {out}.")
+    if not done:
         if settled.cut: settled.cut.write(out.with_name(f"{out.name}-sets"))
-        look(bench, [method])
         with tempfile.TemporaryDirectory() as tmp: probe = make_probe(bench, Path(tmp), config.frontier)
         run(bench, method, config.seed, out, probe, show)
     return beside_base(bench, pd.read_parquet(out/"scores.parquet"), method.label, out, config.score)
