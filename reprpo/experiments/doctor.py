@@ -260,7 +260,7 @@ def check_step(
     p:Patient,      # with tokens
     peft:nn.Module, # its model with an adapter; **trained in place**, two steps
 ) -> Iterator[Finding]:
-    "One optimiser step changes the adapter and nothing else; saved and loaded, it scores the same; how fast it went."
+    "Two optimiser steps change the adapter and nothing else; the second is timed."
     before, params, batch = base_checksum(peft), list(adapter_params(peft).values()), p.batch()
     optimizer = torch.optim.AdamW(params, lr=1e-3)
     with still(peft.train()):

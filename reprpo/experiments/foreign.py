@@ -47,7 +47,7 @@ def load_named(
 ): # model, tokenizer
     "`load_model`, its complaint with what the model was wanted for."
     try: return load_model(name, **how)
-    except UserError as e: raise UserError(f"{why}: {str(e).removeprefix(f'--model {name}: ')}") from None
+    except UserError as e: raise UserError(f"{why}: {str(e).removeprefix(f'--model {name}: ')}", e.gotcha) from None
 
 def read_peft(
     folder:str|Path, # of the adapter

@@ -102,7 +102,7 @@ def line(
 # %% ../../nbs/10_experiments/01_measure.ipynb #cell-009x
 def make_probe(
     bench:Bench,      # its base model is asked
-    folder:Path,      # of the base: generations.jsonl and coherence.json are written there, or read if they are there
+    folder:Path,      # of the base: generations.jsonl and coherence.json are written there; a coherence.json that is there is read instead
     kl:bool=False,    # will KL be measured, on the frontier or in tuning?
     seed:int=0,       # of the texts
 ) -> Probe:

@@ -39,8 +39,8 @@ class Data:
     neutral: tuple[str, ...] = () # prompts that have nothing to do with the preference
 
     def overlaps(self) -> dict[str, int]:
-        "Rows to judge on that were trained on, by set."
-        seen = {(p.prompt, p.chosen) for p in self.train}
+        "Rows to judge on that were trained on, by set; none where nothing is trained."
+        seen = {(p.prompt, p.chosen) for p in self.train or ()}
         found = {e.label: sum((p.prompt, p.chosen) in seen for p in e) for e in self.evals}
         return {label: n for label, n in found.items() if n}
 
@@ -163,8 +163,10 @@ def check_competitor(
     check_room(bench.model, longest, len(text.ids))
 
 def fill_references(
-    bench:Bench, # what runs share
-    views:list,  # from look
+    bench:Bench,           # what runs share
+    methods:list[Method],  # that will run
+    views:list,            # of each, from look
 ) -> None:
-    "Store what the methods' reference needs, once for all their runs; the one that needs most goes first."
-    for view, c in sorted(views, key=lambda v: -len(v[0].sites)): reference_cache(bench.model, bench.train, view, c)
+    "Store what the methods' reference needs, once for all their runs; the one that needs most goes first. A gradient rule's runs live."
+    stored = [v for m, v in zip(methods, views) if not m.rule]
+    for view, c in sorted(stored, key=lambda v: -len(v[0].sites)): reference_cache(bench.model, bench.train, view, c)

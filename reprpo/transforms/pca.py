@@ -72,7 +72,7 @@ class Pca(Transform):
         cho, rej = source.states()
         for site in cho:
             try: V = differing(cho[site].float() - rej[site].float(), self.rank, self.energy or ENERGY, self.centre)
-            except UserError as error: raise UserError(f"pca, site {site}: {error}") from None
+            except UserError as error: raise UserError(f"pca, site {site}: {error}", error.gotcha) from None
             keep(self, site, V.float().contiguous())
 
     def forward(self,
