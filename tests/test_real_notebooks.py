@@ -16,7 +16,8 @@ from execute import demonstrations, found, takes  # noqa: E402
 NOTEBOOKS = found([str(ROOT / "nbs")])
 FETCHES = re.compile(r"\b(load_model|load_tokenizer|load_pairs|load_data|pref_set|world_folder)\(|^from reprpo\.world\b", re.MULTILINE)
 NAMED = re.compile(r"environ[^\n]*REPRPO_(MODEL|PAIRS)")
-QUICK = ("02_pairs/04_show.ipynb", "03_states/06_score.ipynb", "08_train/03_feed.ipynb", "10_experiments/00_prepare.ipynb")
+QUICK = ("02_pairs/04_show.ipynb", "03_states/06_score.ipynb", "08_train/03_feed.ipynb", "10_experiments/00_prepare.ipynb",
+         "15_gallery/04_layers.ipynb")
 
 
 def write(path: Path, cells: list) -> None: nbformat.write(v4.new_notebook(cells=cells), path)
