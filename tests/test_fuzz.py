@@ -201,3 +201,26 @@ def test_any_table_is_pairs_or_one_line(values, texts):
     import pandas as pd
     frame = pd.DataFrame({"prompt": pd.Series(values, dtype=object), "chosen": pd.Series(texts, dtype=object), "rejected": "no"})
     value_or_line(load_pairs, frame)
+
+
+marks = mixed("![x](http://a.b)", "[b](u)", "[b]: u", "_a_", "__", "*", "**", "`", "~", "~~~", "\n", "\r", "\t", "    ", " ", "# ", "1. ", "- ", "> ", "|",
+              "\\", "<b>", "<http://a.b>", "&lt;", "[", "]", "(", "---", "===", "</details>", "<!--", "word")
+
+
+@FAST
+@given(marks)
+@example("[b][b]")
+@example("~~~\n# out")
+def test_any_text_is_no_markup_in_markdown(text):
+    "What a reader of Markdown finds are the tags of the piece, and none of the text's."
+    import re
+    import pandas as pd
+    from markdown_it import MarkdownIt
+    from reprpo.judge.blocks import Folded, Pair, Table, Text
+    reader = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    tags = lambda piece: re.findall(r"</?(\w+)", reader.render(piece.markdown()))
+    fence = ["pre", "code", "code", "pre"]
+    assert tags(Pair(text, text, text) if text else Pair("a", "b")) == fence
+    assert tags(Folded("log", text)) == ["details", "summary", "summary", *fence, "details"]
+    if text.strip(): assert set(tags(Text(text))) == {"p"} and set(tags(Text(text, "note"))) <= {"p", "em"}
+    assert set(tags(Table(pd.DataFrame({"a": [text], "b": ["1"]})))) == {"table", "thead", "tbody", "tr", "th", "td"}
