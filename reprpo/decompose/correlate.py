@@ -21,7 +21,7 @@ from .confounds import regress_out
 from .hypothesis import Hypothesis, hypothesis
 from .nulls import ROOM, Clusters, p_value, permutations, spread
 from ..errors import UserError, unknown
-from ..seeds import generator
+from ..seeds import derive, generator
 
 # %% ../../nbs/04_decompose/04_correlate.ipynb #c-005
 def strata(
@@ -112,7 +112,7 @@ def kendall(
     x: Float[Tensor, "n"],  # one variable
     y: Float[Tensor, "... n"],  # the other, or a stack of its permutations
     codes: Integer[Tensor, "n"],  # from `strata`: rows of one kind are compared
-    most: int = 50_000,  # pairs of rows
+    most: int = 50_000,  # couples of rows; more are sampled
 ) -> Float[Tensor, "..."]:  # -1 … 1; 0 where all compared rows are tied
     "Kendall's tau-b within groups."
     i, j = _comparable(codes, most)
@@ -124,15 +124,18 @@ def kendall(
 
 
 def _comparable(codes: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    "Pairs of rows of one group, at most so many of them, drawn at random where there are more."
-    if len(codes) ** 2 > 40 * most:
-        i, j = torch.randint(len(codes), (2, 40 * most), generator=generator(0, "kendall"))
-        keep = ((codes[i] == codes[j]) & (i != j)).nonzero()[:most, 0]
-    else:
-        i, j = torch.triu_indices(len(codes), len(codes), 1)
-        keep = (codes[i] == codes[j]).nonzero()[:, 0]
-        keep = keep[torch.randperm(len(keep), generator=generator(0, "kendall"))[:most]]
-    return i[keep], j[keep]
+    "Couples of rows of one group, numbered group by group: all of them, or `most` different numbers drawn at random."
+    home, size = codes.argsort(stable=True), codes.bincount()
+    couples = size * (size - 1) // 2
+    total = int(couples.sum())
+    if not total:
+        raise UserError(f"kendall: no two of the {len(codes)} rows are of one kind, so none can be compared; give coarser groups, or none")
+    drawn = lambda: np.random.default_rng(derive(0, "kendall")).choice(total, most, replace=False, shuffle=False)
+    number = torch.from_numpy(drawn()) if total > most else torch.arange(total)
+    group = torch.searchsorted(couples.cumsum(0), number, right=True)
+    first, number = (size.cumsum(0) - size)[group], number - (couples.cumsum(0) - couples)[group]
+    i = ((1 + (8.0 * number.double() + 1).sqrt()) / 2).long()
+    return home[first + i], home[first + number - i * (i - 1) // 2]
 
 # %% ../../nbs/04_decompose/04_correlate.ipynb #c-015c
 def mutual_information(

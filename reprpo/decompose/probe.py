@@ -325,7 +325,7 @@ def cross_validate(
     seed:int=0,             # of the folds and of the exchanges
 ) -> CrossValidated:
     "Judge probes on left-out training rows, at each layer."
-    fold, table = folds_of(units, folds, seed), []
+    fold, table, layers = folds_of(units, folds, seed), [], tuple(layers)
     signs = torch.cat([torch.ones(1, len(fold)), swap_signs(units, draws, seed)])
     for k in layers:
         d = torch.subtract(*(x.float() for x in read(k)))
@@ -337,7 +337,7 @@ def cross_validate(
         table.append(torch.stack(row, 1))
     if not table: raise UserError("no layers to choose from")
     table = torch.stack(table, 1).numpy()
-    return CrossValidated(tuple(layers), table[0], table[1:])
+    return CrossValidated(layers, table[0], table[1:])
 
 def choose_layers(
     found:CrossValidated,   # over the candidates, on training rows

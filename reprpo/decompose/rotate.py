@@ -108,10 +108,10 @@ def exchanged(
     states: tuple[Tensor, ...],  # chosen, rejected to fit on; chosen, rejected to judge on
     groups: tuple,  # of the rows to fit on and to judge on: kinds, or kind and key
     draws: int,  # how many exchanges, p
-    seed: int = 0,  # of the exchanges
+    rng: torch.Generator,  # of the exchanges; its state moves on
 ) -> tuple[Float[Tensor, "p n k"], ...]:  # the four of `states`, in their order
     "The same with the two answers exchanged at random, whole kinds together, and alike in both halves."
-    rng, sizes = generator(seed, "exchanged"), [len(states[0]), len(states[2])]
+    sizes = [len(states[0]), len(states[2])]
     plain = [None if g is None else torch.as_tensor(np.asarray(g)).reshape(n, -1) for g, n in zip(groups, sizes)]
     joint = None if plain[0] is None else torch.cat(plain).squeeze(-1)
     whole = Clusters.make(joint, sum(sizes)).whole
@@ -134,8 +134,8 @@ def explains(
     share = lambda e: explained(e[..., :2], e[..., 2])
     error = errors_of(kinds, states, **options)
     sure = spread(share, error, groups=groups[1])
-    some, null = max(1, 2**24 // sum(x.numel() for x in states)), []
-    for i, start in enumerate(range(0, draws, some)):
-        null.append(share(errors_of(kinds, exchanged(states, groups, min(some, draws - start), seed + i), **options)))
+    some, null, rng = max(1, 2**24 // sum(x.numel() for x in states)), [], generator(seed, "exchanged")
+    for start in range(0, draws, some):
+        null.append(share(errors_of(kinds, exchanged(states, groups, min(some, draws - start), rng), **options)))
     null = torch.cat(null).numpy()
     return Hypothesis(claim, "share", sure.value, *sure.interval(), null, p_value(sure.value, null, "greater"), len(states[2]), of="answers exchanged")

@@ -105,7 +105,7 @@ class RowSpace:
     def energy(self,
         h:Float[Tensor, "... h"],      # states, or differences of states
     ) -> Float[Tensor, "..."]:         # 0 … 1; nan for a state of length 0
-        "‖P_k h‖²/‖h‖², the share of a state that counts."
+        "‖P_k h‖²/‖h‖², the share of a state that counts. Nothing has no share: leave out rows of length 0, as `moment` does."
         return self.curve(h)[..., self.k - 1]
 
 # %% ../../nbs/04_decompose/02_unembed.ipynb #u-008

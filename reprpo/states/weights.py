@@ -207,11 +207,12 @@ def final_norm(
     return norm_parts(norm, net.config.get_text_config().hidden_size, name)
 
 def embed_weights(
-    model:nn.Module, # a causal LM; of an adapter only a part on the embedding itself counts
+    model:nn.Module, # a causal LM, with or without an adapter, whose own part is left out
     chunk:int=16384, # rows asked for at once
 ) -> Float[Tensor, "v h"]:
     "W_E: what each token writes at the start, positions left out."
     table = bare(model).get_input_embeddings()
+    table = getattr(table, "base_layer", table)
     ids = torch.arange(table.weight.shape[0], device=table.weight.device)
     with torch.no_grad(): return torch.cat([table(part).float().cpu() for part in ids.split(chunk)])
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from ..seeds import rng, set_seed
+from ..seeds import derive, rng
 from .grammar import FEATURES
 from .model import encode, pad
 from .parser import detect, parse_story, readings, sentences
@@ -41,7 +41,7 @@ def write(
     model,                  # a causal LM; only read
     tokenizer,              # the world's tokenizer
     prompts:list[str],      # contexts
-    seed:int=0,             # of the draw; it sets the global generators
+    seed:int=0,             # of the draw; the global generators stay where they are
     temperature:float=0.7,  # 0 is greedy
     max_new:int=200,        # tokens at most
 ) -> list[str]:             # what follows each prompt, cut at the end of text
@@ -49,10 +49,11 @@ def write(
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
     tokenizer.padding_side = side
-    set_seed(seed)
     how = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
-    out = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=max_new, use_cache=True,
-                         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **how)
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []): # `generate` draws from the global generator
+        torch.manual_seed(derive(seed, "torch"))
+        out = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=max_new, use_cache=True,
+                             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **how)
     return tokenizer.batch_decode(out[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
 
 # %% ../../nbs/01_world/07_gates.ipynb #cell-007
