@@ -124,6 +124,11 @@ def _positive(config) -> None:
         if not lr > 0: raise UserError(f"lrs holds {lr}; a learning rate is above 0")
     if not 0 <= config.max_dropped <= 1: raise UserError(f"max_dropped is {config.max_dropped}; it is a share, in [0, 1]")
 
+def _idle(config) -> None:
+    "Refuse what nothing would read."
+    if getattr(config, "lrs", ()) and not config.tune_lr: raise UserError("lrs is the grid that tuning tries, and tune_lr is off; give one of the two, or a rate with lr")
+    if config.scales != RunConfig.scales and not config.frontier: raise UserError("scales are the strengths of the frontier, which is off; switch frontier on, or leave them out")
+
 def check(
     config:RunConfig, # as given
 ):                    # the same configuration
@@ -132,6 +137,7 @@ def check(
         if get_origin(f.type) is Literal and getattr(config, f.name) not in get_args(f.type):
             raise unknown(f"value of {f.name}", str(getattr(config, f.name)), get_args(f.type))
     _positive(config)
+    _idle(config)
     Training.of(config)
     methods = getattr(config, "methods", None)
     if not getattr(config, "methods", True) or not getattr(config, "method", True):
