@@ -25,11 +25,12 @@ from ..states.capture import bare, blocks_of, find_place
 from ..states.forward import forward_states, own_logps, reference_mode, still
 from ..states.layers import parse_layers
 from ..states.layout import cheapest
+from ..states.steer import change_at
 from .adapter import add_adapter
 from .checks import gradient_norms
 from .config import TrainConfig
 from .feed import View, make_view, own_reference, pair_order
-from .intervene import Intervened, Intervention, _on_input, _on_output
+from .intervene import Intervened, Intervention
 from .ledger import Ledger, blank, pretence, tensors_of, twin, weight_bytes
 from .method import Method
 from .table import LAYERS
@@ -113,8 +114,7 @@ def put_edits(
     for k, edit in edits.items():
         block, end = find_place(model, f"hs.{k}")
         block.add_module(f"edit_{end}", edit)
-        if end == "out": block.register_forward_hook(_on_output(edit))
-        else: block.register_forward_pre_hook(_on_input(edit), with_kwargs=True)
+        change_at(model, f"hs.{k}", edit)
 
 def recompute(
     model:nn.Module, # with or without an adapter; changed in place
