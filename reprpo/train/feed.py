@@ -131,7 +131,7 @@ def runs_live(
     n:int,              # pairs in the training set
     missing:bool=True,  # is any pair's part not in store yet?
 ) -> bool:
-    "Does the reference run beside each step? Where it can't be stored; left open, where few of the pairs will be seen, or halves or 8 bits ask both passes to round alike."
+    "Does the reference run beside each step? Where it can't be stored; or by itself, where few pairs will be seen, or halves or 8 bits must round alike."
     few = missing and 4 * config.steps * config.batch_size < n
     auto = config.reference == "auto" and (few or config.precision != "fp32" or quantised(model) == "8bit")
     return config.reference == "live" or not view.stores or auto

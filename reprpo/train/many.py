@@ -330,7 +330,7 @@ def train_many(
     "Train a method once for each seed, or learning rate, several of them in one forward where that gives the same."
     method, seeds, lrs = Method.parse(method), list(seeds), list(lrs or [None] * len(seeds))
     if len(lrs) != len(seeds): raise UserError(f"{len(seeds)} seeds and {len(lrs)} learning rates; give one rate for each seed, or none")
-    if method.lr and any(lr is not None for lr in lrs): raise UserError(f"{method.label} names its own rate, lr={method.lr:g}, which goes before those of lrs; leave one of them out")
+    if method.lr and any(lr is not None for lr in lrs): raise UserError(f"{method.label} names its own rate, which goes before lrs; leave one of them out")
     config = TrainConfig.of(config or TrainConfig(), **changes)
     configs = [settle(method, replace(config, seed=s, lr=config.lr if lr is None else lr), model) for s, lr in zip(seeds, lrs)]
     if not configs: return []
