@@ -122,10 +122,12 @@ class Balance:
         pair = (seen.outer, seen.hidden) if self.strategy == "unit" else (seen.grad_outer, seen.grad_hidden)
         learns = self.strategy == "share" or (self.strategy == "unit" and step <= self.first)
         level, taken, weight = now.level, now.taken, now.weight
-        if learns and step == self.first and not taken and not all(pair):
-            raise UserError(f"option balance={self.strategy}: one part had nothing to weigh in the first {step} steps (outer {pair[0]:g}, hidden {pair[1]:g}); "
-                            "does the loss read layers that the adapter can move?")
-        if learns and all(0 < x < math.inf for x in pair):
+        sound = all(0 < x < math.inf for x in pair)
+        if learns and step == self.first and not taken and not sound:
+            what, do = (("one part had nothing to weigh", "does the loss read layers that the adapter can move?") if all(map(math.isfinite, pair)) else
+                        ("one part was not finite", "lower the learning rate, or look at that part of the loss"))
+            raise UserError(f"option balance={self.strategy}: {what} in the first {step} steps (outer {pair[0]:g}, hidden {pair[1]:g}); {do}")
+        if learns and sound:
             taken += 1
             level += (1 / taken if self.strategy == "unit" else max(1 / taken, self.rate)) * (math.log(pair[0] / pair[1]) - level)
             weight = math.exp(level) * (self.given if self.strategy == "unit" else self.share / (1 - self.share))

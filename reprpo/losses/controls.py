@@ -21,7 +21,7 @@ from ..states.pool import States
 
 # %% ../../nbs/06_losses/09_controls.ipynb #cell-005
 def other_pair(sites: list[Geometry],  # the batch's pairs at each site
-               ref: States,            # the reference
+               ref: States,            # not used; taken so that every pick is called alike
               ) -> list[Float[Tensor, "b h"]]:
     "At each site, the direction of the pair before in the batch."
     return [g.d.roll(1, -2) for g in sites]

@@ -34,7 +34,7 @@ def size(x: Float[Tensor, "b h"],  # vectors, perhaps with a dimension of sites 
 
 def slog(x: Float[Tensor, "b"],  # in the units of the states
         ) -> Float[Tensor, "b"]:
-    "sign(x) log max(|x|, ε), which is not monotone: it jumps at 0 and falls through 1."
+    "sign(x) log max(|x|, ε), which is not monotone: it rises on either side of 0, and there jumps down from −log ε to log ε."
     return x.sign() * x.abs().clamp_min(EPS).log()
 
 

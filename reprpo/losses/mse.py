@@ -39,7 +39,7 @@ def mse(pi: States,                       # the policy
         beta: float | None = None,        # beta of the outer loss; its own default if not given
         largest: float = 0.005,           # topk: share of the coordinates that count, beside the largest one
         turning: float = 0.5,             # polar: weight of the direction beside the length, 0 to 1
-        schedule: bool = False,           # let reroute fade from 1 to a half and retain grow from 0 to a half over the run
+        schedule: bool = False,           # let reroute fade from 1 to a half and retain grow from 0 to half of alpha
         progress: float = 0.0,            # share of the run that is done, 0 to 1; set by the trainer
        ) -> tuple[Float[Tensor, "b"], dict[str, Float[Tensor, "b"]]]:
     "Rejected states onto the reference's chosen ones, chosen states kept (Zou et al. 2024, the rerouting loss)."

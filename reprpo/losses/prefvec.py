@@ -83,7 +83,7 @@ def prefvec(pi: States,                   # the policy
             *,
             alpha: float = 1.0,           # weight of the weighted terms together
             outer: str = "dpo",           # loss on the outputs: a name in OUTPUT, or none
-            form: str = "logsigmoid",     # what proj counts and its curve: a name in FORMS; in brackets the margin of proj and sep, as in hinge(0.5)
+            form: str = "logsigmoid",     # what proj counts, and its curve: a name in FORMS, the margin in brackets, hinge(0.5)
             proj: float = 1.0,            # weight: length along d
             orth: float = 0.1,            # weight: squared length across d
             sep: float = 0.0,             # weight: length in any direction

@@ -58,7 +58,7 @@ def adapter_params(
 # %% ../../nbs/08_train/02_adapter.ipynb #cell-008x
 @contextmanager
 def quiet_peft():
-    "PEFT asks transformers for an attribute by its old name, and finds out by itself how GPT-2's Conv1D lies; its warnings are nobody's mistake here."
+    "PEFT asks for an attribute by its old name, and sees by itself how GPT-2's Conv1D lies: no warning of either, and random generators as they were."
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but the target module is `Conv1D`", category=UserWarning)
@@ -81,7 +81,7 @@ def add_adapter(
 
 def remove_adapter(
     model:nn.Module, # a PeftModel, an Intervened, or the model inside one
-) -> nn.Module:      # the base model, as it was
+) -> nn.Module:      # the base model: its weights as they were, frozen, in eval mode
     "Take the adapter off and give the base model back; nothing of it is merged."
     if not isinstance(model, (PeftModel, Intervened)):
         if adapter_layers(model): raise UserError("remove_adapter needs the PeftModel that add_adapter or load_adapter returned")

@@ -8,9 +8,21 @@ __all__ = ['AdapterConfig', 'TrainConfig']
 # %% ../../nbs/08_train/01_config.ipynb #cell-002
 import math
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Literal, get_args, get_origin
 
 from ..errors import UserError, unknown
+
+# %% ../../nbs/08_train/01_config.ipynb #cell-105
+def _whole(name:str, value, least:int, most:float=math.inf) -> None:
+    "Refuse what is no whole number in this range."
+    if not isinstance(value, Integral) or not least <= value <= most:
+        raise UserError(f"{name}={value}: it must be a whole number, at least {least}" + (f" and at most {most}" if most < math.inf else ""))
+
+def _real(name:str, value, zero:bool) -> None:
+    "Refuse what is no finite number above 0, or with `zero` no finite number from 0 on."
+    if not isinstance(value, Real) or not 0 <= value < math.inf or not (zero or value):
+        raise UserError(f"{name}={value}: it must be {'at least' if zero else 'above'} 0, and finite")
 
 # %% ../../nbs/08_train/01_config.ipynb #cell-005
 @dataclass(frozen=True)
@@ -27,9 +39,11 @@ class AdapterConfig:
 
     def check(self) -> None:
         "Refuse what cannot work."
-        if self.rank < 1: raise UserError(f"rank={self.rank}: it must be at least 1")
-        if not self.alpha > 0: raise UserError(f"alpha={self.alpha}: it must be above 0")
+        _whole("rank", self.rank, 1)
+        _real("alpha", self.alpha, zero=False)
         if not 0 <= self.dropout < 1: raise UserError(f"dropout={self.dropout}: it must lie in [0, 1)")
+        if isinstance(self.targets, str) or not self.targets or not all(self.targets):
+            raise UserError(f"targets={self.targets!r}: it must be a tuple with a name or more, such as ('q_proj', 'v_proj'), or ('all-linear',)")
 
 # %% ../../nbs/08_train/01_config.ipynb #cell-006
 @dataclass(frozen=True)
@@ -43,11 +57,11 @@ class TrainConfig(AdapterConfig):
     schedule:Literal["cosine", "linear", "constant"] = "cosine" # after the warm-up
     clip:float = 1.0                # largest norm of the gradient; 0: no clipping
     weight_decay:float = 0.0        # AdamW's
-    seed:int = 0                    # of data order, adapter initialisation and dropout
+    seed:int = 0                    # of data order, adapter initialisation and dropout; below 2**32
     precision:Literal["fp32", "bf16", "fp16"] = "fp32" # bf16, fp16: autocast; losses and pooling stay fp32, fp16 needs a GPU
     layers:str|None = None          # which layers methods on states read; None: the method's
     max_length:int|None = None      # tokens in prompt and answer; None: what the model can take
-    on_truncate:str = "drop"        # what happens to pairs that are longer (pairs.tokenize)
+    on_truncate:Literal["drop", "error", "truncate"] = "drop" # what happens to pairs that are longer (pairs.tokenize)
     max_dropped:float = 0.05        # share of the pairs that may be dropped before it is an error
     layout:Literal["auto", "concat", "shared", "packed"] = "auto" # rows: one per answer, one per pair, several pairs; auto: the cheapest the model reads
     reference:Literal["auto", "cache", "live"] = "auto" # the reference's states: from disk, or by a second forward pass
@@ -64,10 +78,15 @@ class TrainConfig(AdapterConfig):
         for f in fields(self):
             value, allowed = getattr(self, f.name), get_args(f.type)
             if get_origin(f.type) is Literal and value not in allowed: raise unknown(f.name, value, allowed)
-        for name in ("steps", "batch_size", "log_every"):
-            if getattr(self, name) < 1: raise UserError(f"{name}={getattr(self, name)}: it must be at least 1")
-        if self.lr is not None and not self.lr > 0: raise UserError(f"lr={self.lr}: it must be above 0")
+        for name in ("steps", "batch_size", "log_every"): _whole(name, getattr(self, name), 1)
+        for name in ("micro_batch", "max_length"):
+            if getattr(self, name) is not None: _whole(name, getattr(self, name), 1)
+        _whole("save_every", self.save_every, 0)
+        _whole("seed", self.seed, 0, 2**32 - 1)
+        if self.lr is not None: _real("lr", self.lr, zero=False)
+        for name in ("clip", "weight_decay"): _real(name, getattr(self, name), zero=True)
         if not 0 <= self.warmup < 1: raise UserError(f"warmup={self.warmup}: it is a share of the steps, in [0, 1)")
+        if not 0 <= self.max_dropped <= 1: raise UserError(f"max_dropped={self.max_dropped}: it is a share of the pairs, in [0, 1]")
         self.accumulation()
 
     def accumulation(self,
@@ -77,7 +96,7 @@ class TrainConfig(AdapterConfig):
         if self.batch_size % processes:
             raise UserError(f"batch_size={self.batch_size} cannot be shared by {processes} processes; use a multiple of {processes}")
         share = self.batch_size // processes
-        micro = min(self.micro_batch or share, share)
+        micro = share if self.micro_batch is None else min(self.micro_batch, share)
         if share % micro:
             fits = [m for m in range(1, share + 1) if share % m == 0]
             raise UserError(f"micro_batch={micro} does not divide the {share} pairs of a batch; use one of {fits}")

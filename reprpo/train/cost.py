@@ -70,9 +70,9 @@ def short(
     x:float,     # 0 or more
     unit:str="", # behind the prefix
 ) -> str:
-    "Three digits and a prefix."
-    for power, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if x >= power: return f"{x/power:.3g} {name}{unit}"
+    "Three digits and a prefix, never an exponent."
+    for power, name in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if x >= 0.9995 * power: return f"{x/power:.3g} {name}{unit}"
     return f"{x:.3g} {unit}".rstrip()
 
 # %% ../../nbs/08_train/08_cost.ipynb #cell-010
@@ -93,7 +93,7 @@ class CostCard:
     processes:int = 1         # that trained together, each on a device of its own
     peak:float|None = None    # FLOP/s of the fastest product of matrices
     dtype:str = ""            # it was measured in
-    memory:int|None = None    # bytes in use at most; of a GPU, or of the process since its start
+    memory:int|None = None    # bytes in use at most; of a CUDA GPU, or of the process since its start
     device:str = "cpu"        # cpu, cuda, …
 
     @property
@@ -124,7 +124,7 @@ class CostCard:
         "One line after it."
         if not self.seconds: return self.before
         used = f", {self.utilisation:.0%} of the {short(self.peak, 'FLOP/s')} matrix peak ({self.dtype})" if self.peak else ""
-        where = "process" if self.device == "cpu" else "memory"
+        where = "memory" if self.device == "cuda" else "process"
         most = f" · {where} at most {size(self.memory)}" if self.memory else ""
         beside = f" (the run estimated at {size(self.estimate)})" if self.estimate else ""
         return f"cost: {short(self.rate)} tokens/s over {self.seconds:.3g} s · {short(self.speed, 'FLOP/s')} needed{used}{most}{beside}"

@@ -26,6 +26,7 @@ from ..seeds import generator
 from ..states.capture import find_place
 from ..states.forward import check_room
 from ..states.layers import describe_layers, parse_layers
+from ..states.steer import change_at
 
 # %% ../../nbs/08_train/02_intervene.ipynb #i-005
 class Edit(nn.Module):
@@ -156,19 +157,6 @@ class Intervention:
         if self.kind == "reft" and not 1 <= self.rank <= config.hidden_size:
             raise UserError(f"loreft: rank={self.rank}; it must lie between 1 and the model's width, {config.hidden_size}")
 
-# %% ../../nbs/08_train/02_intervene.ipynb #cell-016
-def _on_output(edit:Edit):
-    "A hook that edits what a block passes on."
-    def hook(module, args, out): return edit(out) if isinstance(out, Tensor) else (edit(out[0]), *out[1:])
-    return hook
-
-def _on_input(edit:Edit):
-    "A hook that edits what a block is given."
-    def hook(module, args, kwargs):
-        if args: return (edit(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": edit(kwargs["hidden_states"])}
-    return hook
-
 # %% ../../nbs/08_train/02_intervene.ipynb #i-013
 class Intervened(nn.Module):
     "A frozen causal LM with an intervention on it. **The model is changed in place**; `unload` gives it back as it was."
@@ -187,8 +175,7 @@ class Intervened(nn.Module):
             with torch.no_grad(): edit.set_to(0.0, generator(0))
             block.add_module(f"edit_{end}", edit)
             self.edits[k] = edit
-            self._hooks += [(block, f"edit_{end}", block.register_forward_hook(_on_output(edit)) if end == "out" else
-                             block.register_forward_pre_hook(_on_input(edit), with_kwargs=True))]
+            self._hooks += [(block, f"edit_{end}", change_at(model, f"hs.{k}", edit))]
 
     def __getattr__(self, name):
         try: return super().__getattr__(name)
@@ -247,14 +234,19 @@ class Intervened(nn.Module):
     def generate(self,
         input_ids=None,      # token ids of the prompts, b t
         attention_mask=None, # b t, 1 where there is a token; None: with a text everywhere, else as the model guesses
-        **kwargs,            # to the model's own generate; with a text one sequence a prompt
-    ):                       # token ids: the prompts as they were given, then what is new
+        **kwargs,            # to the model's own generate
+    ):                       # what that returns; token ids: the prompts as they were given, then what is new
         "The model's own generate; a text is put in before and taken out again after."
         if self.insertion is None: return self.edited_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         longer, seen, place = splice(input_ids, mask, *self.insertion)
         out = self.edited_model.generate(input_ids=longer, attention_mask=seen, **kwargs)
-        return torch.cat([out[:, :longer.shape[1]].gather(1, place), out[:, longer.shape[1]:]], 1)
+        rows = out if isinstance(out, Tensor) else out.sequences
+        place = place.repeat_interleave(len(rows) // len(place), 0) # num_return_sequences
+        own = torch.cat([rows[:, :longer.shape[1]].gather(1, place), rows[:, longer.shape[1]:]], 1)
+        if isinstance(out, Tensor): return own
+        out.sequences = own
+        return out
 
     def state_dict(self,
         *args,     # not looked at; PyTorch's own takes some

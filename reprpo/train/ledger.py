@@ -59,7 +59,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return getattr(args[0], "answer", args[0].dtype.is_floating_point * 0.0 if args[0].dtype != torch.bool else False)
+            kind = args[0].dtype
+            return getattr(args[0], "answer", False if kind == torch.bool else 0.0 if kind.is_floating_point else 0)
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if not isinstance(x, Tensor): continue

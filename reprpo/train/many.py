@@ -321,7 +321,7 @@ def train_many(
     pairs,                 # anything load_pairs reads
     config=None,           # TrainConfig, or any configuration with such fields; None: the defaults
     seeds:Sequence[int]=(0, 1, 2), # one a run
-    lrs:Sequence[float]|None=None, # one a run; None: the configuration's or the method's
+    lrs:Sequence[float]|None=None, # one a run, of a method that names none itself; None: the configuration's or the method's
     homes:Sequence|None=None,      # a folder for each run, as `out` of `train`; None: keep nothing on disk
     stack:int|None=None,   # most runs in one forward; None: as many as pay; 1: one by one
     progress:bool=True,    # show the table or the lines
@@ -330,8 +330,9 @@ def train_many(
     "Train a method once for each seed, or learning rate, several of them in one forward where that gives the same."
     method, seeds, lrs = Method.parse(method), list(seeds), list(lrs or [None] * len(seeds))
     if len(lrs) != len(seeds): raise UserError(f"{len(seeds)} seeds and {len(lrs)} learning rates; give one rate for each seed, or none")
+    if method.lr and any(lr is not None for lr in lrs): raise UserError(f"{method.label} names its own rate, which goes before lrs; leave one of them out")
     config = TrainConfig.of(config or TrainConfig(), **changes)
-    configs = [settle(method, replace(config, seed=s, lr=lr or config.lr), model) for s, lr in zip(seeds, lrs)]
+    configs = [settle(method, replace(config, seed=s, lr=config.lr if lr is None else lr), model) for s, lr in zip(seeds, lrs)]
     if not configs: return []
     homes = [Path(h) for h in homes] if homes else [None] * len(seeds)
     alone = lambda c, home: train(model, tokenizer, method, pairs, c, home, progress)

@@ -25,11 +25,12 @@ from ..states.capture import bare, blocks_of, find_place
 from ..states.forward import forward_states, own_logps, reference_mode, still
 from ..states.layers import parse_layers
 from ..states.layout import cheapest
+from ..states.steer import change_at
 from .adapter import add_adapter
 from .checks import gradient_norms
 from .config import TrainConfig
-from .feed import View, make_view, own_reference, pair_order
-from .intervene import Intervened, Intervention, _on_input, _on_output
+from .feed import View, make_view, own_reference, pair_order, runs_live
+from .intervene import Intervened, Intervention
 from .ledger import Ledger, blank, pretence, tensors_of, twin, weight_bytes
 from .method import Method
 from .table import LAYERS
@@ -39,9 +40,9 @@ from .rows import divisors, row_lengths, token_pairs, worst_rows
 def size(
     n:float, # bytes
 ) -> str:
-    "Bytes for people."
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if n >= unit: return f"{n/unit:.3g} {name}"
+    "Bytes for people: three digits, never with an exponent."
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+        if n >= 999.5 * unit / 1024: return f"{n/unit:.3g} {name}"
     return f"{n/2**10:.0f} KiB"
 
 def overhead(
@@ -113,8 +114,7 @@ def put_edits(
     for k, edit in edits.items():
         block, end = find_place(model, f"hs.{k}")
         block.add_module(f"edit_{end}", edit)
-        if end == "out": block.register_forward_hook(_on_output(edit))
-        else: block.register_forward_pre_hook(_on_input(edit), with_kwargs=True)
+        change_at(model, f"hs.{k}", edit)
 
 def recompute(
     model:nn.Module, # with or without an adapter; changed in place
@@ -267,16 +267,17 @@ class Plan:
         config,         # TrainConfig; the method's layers and steps go before its own
         view=None,      # what the loss sees; None: made for the method
         device=None,    # that the run is for; None: where the model is, or of a model on `meta` the GPU if there is one
-        reference=None, # store, stored (before this run) or live; None: as the configuration says
+        reference=None, # store, stored (before this run) or live; None: as the run will have it with nothing in store yet
         free=None,      # bytes on the device; None: as many as it takes
     ) -> "Plan":
         "Fill in what is not given."
         method, pairs, home = Method.parse(method), token_pairs(tokens), bare(model).device
         layout = cheapest(pairs, config.batch_size) if config.layout == "auto" else config.layout
         config = replace(config, layers=method.layers or config.layers or LAYERS, steps=method.steps or config.steps, layout=layout)
-        reference = reference or ("live" if config.reference == "live" or (config.reference == "auto" and config.precision != "fp32") else "store")
+        view = view or make_view(model, method, config.layers, tokens)
+        reference = reference or ("live" if method.rule or runs_live(view, config, model, len(pairs)) else "store")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu") if device or home.type == "meta" else home)
-        return cls(model, method, config, view or make_view(model, method, config.layers, tokens), pairs, device, reference, free, early=not method.needs_logps)
+        return cls(model, method, config, view, pairs, device, reference, free, early=not method.needs_logps)
 
     def batch(self,
         rows:list[int], # indices of pairs
@@ -370,7 +371,7 @@ def estimate_memory(
     micro:int|None=None,     # pairs per forward pass; None: the configuration's, or the whole batch
     view:View|None=None,     # what the loss sees; None: made for the method
     device=None,             # that the run is for; None: where the model is, or of a model on `meta` the GPU if there is one
-    reference:str|None=None, # store, stored (before this run) or live; None: as the configuration says
+    reference:str|None=None, # store, stored (before this run) or live; None: as the run will have it with nothing in store yet
 ) -> MemoryEstimate:
     "The peak memory of a training run."
     with rehearsal(Plan.of(model, tokens, method, config, view, device, reference)) as estimate:

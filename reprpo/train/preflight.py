@@ -114,7 +114,7 @@ def fit_micro_batch(
     free:int|None=None,      # bytes that the run may take beside the model; None: what is free
     view:View|None=None,     # what the loss sees; None: made for the method
     device=None,             # that the run is for; None: where the model is, or of a model on `meta` the GPU if there is one
-    reference:str|None=None, # store, stored or live; None: as the configuration says
+    reference:str|None=None, # store, stored or live; None: as the run will have it with nothing in store yet
 ) -> MemoryEstimate:         # its `pairs` are the micro-batch
     "The largest micro-batch that fits; an error where none does."
     plan = Plan.of(model, tokens, method, config, view, device, reference)

@@ -145,11 +145,13 @@ class Stacked(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         "The base model, inside the block."
+        layers = list(self.layers.values())
+        before = [layer.on for layer in layers]
         try:
-            for layer in self.layers.values(): layer.on = False
+            for layer in layers: layer.on = False
             yield
         finally:
-            for layer in self.layers.values(): layer.on = True
+            for layer, on in zip(layers, before): layer.on = on
 
     def unload(self) -> nn.Module:
         "Take everything off and give the base model back."

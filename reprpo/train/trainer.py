@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..io import content_hash, read_jsonl
-from ..models import fingerprint, quantised
+from ..models import fingerprint
 from ..pairs.batch import collate
 from ..pairs.load import load_pairs
 from ..pairs.tokenize import context_length, pad_id, tokenize_pairs
@@ -33,7 +33,7 @@ from .checks import StepZero, base_checksum, check_base, step_zero
 from .competitors import intervention
 from .config import TrainConfig
 from .cost import CostCard, cost_card, measured
-from .feed import Feed, View, make_view, pair_order
+from .feed import Feed, View, make_view, pair_order, runs_live
 from .method import Method
 from .table import LAYERS
 from .ledger import peak_memory
@@ -98,12 +98,10 @@ def open_cache(
     view:View,            # what to store
     config:TrainConfig,   # reference, steps, batch_size
 ) -> ReferenceCache|None: # as it is on disk; None: the reference runs live
-    "Where the reference's states are stored, unless few of the pairs will be seen, or halves or 8 bits ask both passes to round alike."
+    "Where the reference's states are stored, unless it runs live."
     if not view.stores: return None
     cache = ReferenceCache(model, token_set, view.sites, view.reduce, transform=view.early)
-    few = 4 * config.steps * config.batch_size < len(token_set) and cache.missing()
-    if config.reference == "live" or (config.reference == "auto" and (few or config.precision != "fp32" or quantised(model) == "8bit")): return None
-    return cache
+    return None if runs_live(view, config, model, len(token_set), bool(cache.missing())) else cache
 
 def reference_cache(
     model:nn.Module,      # base
@@ -121,9 +119,10 @@ def first_batch(
     token_set,            # TokenSet
     config:TrainConfig,   # steps, batch size, seed, layout
     pad:int,              # fills rows up
+    processes:int=1,      # that train together
 ): # PairBatch
-    "The micro-batch that the first step will see."
-    size = config.batch_size // config.accumulation()
+    "The micro-batch that the first step, in the first of the processes, begins with."
+    size = config.batch_size // processes // config.accumulation(processes)
     rows = pair_order(len(token_set), config.steps * config.batch_size, config.seed)[:size]
     layout = choose_layout(model, token_set, config.layout, config.batch_size)[0]
     return collate([token_set[i] for i in rows], rows, pad, layout).to(next(model.parameters()).device)
@@ -193,10 +192,10 @@ def prepare(
 ) -> Prepared:
     "Read the pairs, look at the memory, and run the reference."
     feed, config, reference, note = read_in(model, tokenizer, method, pairs, config)
-    flight = Preflight(config)
-    if method.learns: flight = preflight(model, feed.tokens, method, config, feed.view, reference, int(os.environ.get("WORLD_SIZE", 1)))
+    flight, processes = Preflight(config), int(os.environ.get("WORLD_SIZE", 1))
+    if method.learns: flight = preflight(model, feed.tokens, method, config, feed.view, reference, processes)
     if reference == "store": feed.cache.fill(flight.store or max(config.batch_size, 32), config.layout, progress=False)
-    return Prepared(feed, first_batch(model, feed.tokens, flight.config, feed.pad), base_checksum(model), flight, note, reference == "store")
+    return Prepared(feed, first_batch(model, feed.tokens, flight.config, feed.pad, processes), base_checksum(model), flight, note, reference == "store")
 
 # %% ../../nbs/08_train/08_trainer.ipynb #cell-013x
 def count_cost(
