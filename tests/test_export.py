@@ -128,7 +128,8 @@ def test_a_backward_has_a_line_of_its_own():
     "nnsight, once imported anywhere, takes a backward on the line of a `with` for a trace of its own, and nothing is computed."
     beside = re.compile(r"^\s*with\b.*: .*\.backward\(", re.M)
     trace = {"nbs/04_decompose/09_trace.ipynb"}  # it shows this
-    code = {relative(path): "\n".join(text(cell) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code") for path in NOTEBOOKS}
+    cells = {path: json.loads(path.read_text(encoding="utf-8"))["cells"] for path in NOTEBOOKS}
+    code = {relative(path): "\n".join(text(cell) for cell in found if cell["cell_type"] == "code") for path, found in cells.items()}
     code |= {relative(path): path.read_text(encoding="utf-8") for folder in ("tests", "bench", "docs") for path in (ROOT / folder).glob("*.py")}
     assert trace <= {name for name, source in code.items() if beside.search(source)}
     none_of(sorted(name for name, source in code.items() if beside.search(source) and name not in trace), "give the backward a line of its own:")

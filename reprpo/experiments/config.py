@@ -126,8 +126,10 @@ def _positive(config) -> None:
 
 def _idle(config) -> None:
     "Refuse what nothing would read."
-    if getattr(config, "lrs", ()) and not config.tune_lr: raise UserError("lrs is the grid that tuning tries, and tune_lr is off; give one of the two, or a rate with lr")
-    if config.scales != RunConfig.scales and not config.frontier: raise UserError("scales are the strengths of the frontier, which is off; switch frontier on, or leave them out")
+    if getattr(config, "lrs", ()) and not config.tune_lr:
+        raise UserError("lrs is the grid that tuning tries, and tune_lr is off; give one of the two, or a rate with lr")
+    if config.scales != RunConfig.scales and not config.frontier:
+        raise UserError("scales are the strengths of the frontier, which is off; switch frontier on, or leave them out")
 
 def check(
     config:RunConfig, # as given
