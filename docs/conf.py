@@ -118,8 +118,8 @@ def type_name(annotation) -> str:
 
 
 def literal(text: str) -> str:
-    "Marks of reStructuredText as themselves, but for backticks and what stands between them."
-    parts = re.split(r"(`+[^`]+`+)", text)
+    "Marks of reStructuredText as themselves, but for backticks and what stands between them, and what is in bold."
+    parts = re.split(r"(`+[^`]+`+|(?<!\S)\*\*\w[^*`]*\w\*\*(?!\w))", text)
     return "".join(part if i % 2 else re.sub(r"([\\*|]|_(?=\W|$))", r"\\\1", part) for i, part in enumerate(parts))
 
 
