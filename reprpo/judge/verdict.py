@@ -52,7 +52,7 @@ class Verdict:
 
     def __str__(self) -> str:
         e, note = self.estimate, f" ({self.note})" if self.note else ""
-        at = f"at {self.basis}: {e} points, sign-flip p = {self.p_flip:.2g}, MDE {self.mde:.1f}"
+        at = f"at {self.basis}: {e} points, sign-flip p = {self.p_flip:.2g}" + ("" if e.demonstration else f", MDE {self.mde:.1f}")
         return f"{self.method} against {self.against} {at}, {e.seeds} seed{'s' * (e.seeds != 1)}: {self.word}{note}"
 
 
@@ -149,8 +149,9 @@ def verdict_text(
     verdicts,  # some Verdicts
 ) -> pd.DataFrame:
     "Verdicts as text cells: points with interval, p, MDE, seeds, verdict."
-    rows = [{"": v.method, "points": str(v.estimate), "p": f"{v.p_flip:.2g}", "MDE": f"{v.mde:.1f}", "seeds": str(v.estimate.seeds),
-             "verdict": v.word, "at": v.basis, "note": v.note} for v in verdicts]
+    found = lambda v: "–" if v.estimate.demonstration else f"{v.mde:.1f}"
+    rows = [{"": v.method, "points": str(v.estimate), "p": f"{v.p_flip:.2g}", "MDE": found(v), "seeds": str(v.estimate.seeds), "verdict": v.word,
+             "at": v.basis, "note": v.note} for v in verdicts]
     return pd.DataFrame(rows).set_index("")
 
 
