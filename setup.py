@@ -31,6 +31,9 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=[package, package + ".*"]),
+    # Said outright, this makes an editable install a path and not an import hook,
+    # which any folder of the package's name would hide: the clone, seen from beside it.
+    package_dir={"": "."},
     package_data={package: ["world/assets/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=words("requirements"),

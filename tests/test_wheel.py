@@ -54,3 +54,12 @@ def test_comparison_runs(python):
     python("-m", "reprpo", *DEMO)
     assert json.loads((python.work / "out" / "summary.json").read_text())
     assert (python.work / "out" / "report.html").exists()
+
+
+def test_a_folder_of_its_name_hides_nothing(tmp_path):
+    "A script, or Jupyter, beside the clone: there `reprpo` is also a folder that is no package."
+    (tmp_path / "reprpo").mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [sys.executable, "-c", "import reprpo; print(reprpo.__file__)"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert Path(done.stdout.strip()).parent.name == "reprpo", (done.stdout, done.stderr)
