@@ -121,7 +121,7 @@ def conduct(
             if first: say(f"the base model is scored and the reference stored, once; what is finished is kept in {out}, and the same command goes on")
             with quiet(out/"logs"/"here.txt"):
                 probe = judge_base(bench, out, config.frontier or bool(grid))
-                fill_references(bench, parsed, views)
+                fill_references(bench, views)
             if first: say(f"that took {clock(time.perf_counter() - start)}; now the runs, and with each the time that is left")
             lrs, failed = tune(config, bench, parsed, crew, probe, say)
             lost = {m.label for m in parsed if tuned_as(m) in to_tune(config, parsed) and m.label not in lrs}

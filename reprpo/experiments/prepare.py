@@ -164,9 +164,7 @@ def check_competitor(
 
 def fill_references(
     bench:Bench,           # what runs share
-    methods:list[Method],  # that will run
-    views:list,            # of each, from look
+    views:list,            # of the methods that will run, from look
 ) -> None:
-    "Store what the methods' reference needs, once for all their runs; the one that needs most goes first. A gradient rule's runs live."
-    stored = [v for m, v in zip(methods, views) if not m.rule]
-    for view, c in sorted(stored, key=lambda v: -len(v[0].sites)): reference_cache(bench.model, bench.train, view, c)
+    "Store what the methods' reference needs, once for all their runs; the one that needs most goes first."
+    for view, c in sorted(views, key=lambda v: -len(v[0].sites)): reference_cache(bench.model, bench.train, view, c)

@@ -66,6 +66,7 @@ class View:
     transform:nn.Module|None = None  # map of the states; None: as they are
     words:str = "log-probabilities only" # the layers, for people
     more:tuple[str, ...] = ()        # what else the loss reads: names in states.pool.MORE
+    watched:bool = False             # does a gradient rule look on while the reference runs?
 
     @property
     def late(self) -> bool:
@@ -82,8 +83,8 @@ class View:
 
     @property
     def stores(self) -> bool:
-        "Can the reference's part be stored? Not where it changes while the transform learns, nor where next-token distributions are asked for."
-        return not (self.learns and not self.late) and "entropy" not in self.more
+        "Can the reference's part be stored? Not if it is watched, changes while the transform learns, or is asked for next-token distributions."
+        return not (self.watched or self.learns and not self.late) and "entropy" not in self.more
 
     def turned(self,
         states, # States, pooled
@@ -169,16 +170,16 @@ def own_reference(
 # %% ../../nbs/08_train/03_feed.ipynb #cell-020x
 def make_view(
     model:nn.Module, # base
-    method,          # Method: source, collect, modules, reduce, transform
+    method,          # Method: source, collect, modules, reduce, transform, rule
     layers:str,      # layer grammar; brackets around a list are allowed
     tokens=None,     # TokenSet to train on, for a transform that is made from the reference's states
 ) -> View:
     "The sites a method's layers stand for in this model, and its transform."
-    if not method.needs_states: return View(more=method.reads)
+    if not method.needs_states: return View(more=method.reads, watched=bool(method.rule))
     n = len(decoder_blocks(model))
     ks = parse_layers(layers.strip("[] "), n)
     sites = tuple(find_sites(model, ks, method.source, method.collect, method.modules))
-    view = View(sites, method.reduce, words=f"{method.source}, layers {describe_layers(ks, n)}", more=method.reads)
+    view = View(sites, method.reduce, words=f"{method.source}, layers {describe_layers(ks, n)}", more=method.reads, watched=bool(method.rule))
     if method.transform == "none": return view
     transform, sites = make_transform(model, method, sites, tokens)
     return replace(view, sites=sites, transform=transform, words=f"{view.words}, transform {method.transform}{', which learns' if transform.learns else ''}")

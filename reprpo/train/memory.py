@@ -275,7 +275,7 @@ class Plan:
         layout = cheapest(pairs, config.batch_size) if config.layout == "auto" else config.layout
         config = replace(config, layers=method.layers or config.layers or LAYERS, steps=method.steps or config.steps, layout=layout)
         view = view or make_view(model, method, config.layers, tokens)
-        reference = reference or ("live" if method.rule or runs_live(view, config, model, len(pairs)) else "store")
+        reference = reference or ("live" if runs_live(view, config, model, len(pairs)) else "store")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu") if device or home.type == "meta" else home)
         return cls(model, method, config, view, pairs, device, reference, free, early=not method.needs_logps)
 

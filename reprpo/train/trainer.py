@@ -180,7 +180,7 @@ def read_in(
     config = replace(config, layout=layout)
     check_head(model, first_batch(model, tokens, replace(config, micro_batch=1), pad))
     view = make_view(model, method, config.layers, tokens)
-    cache = None if method.rule else open_cache(model, tokens, view, config) # a gradient rule looks on while the reference runs
+    cache = open_cache(model, tokens, view, config)
     return Feed(tokens, pad, view, cache), config, "live" if cache is None else "store" if cache.missing() else "stored", note
 
 def prepare(
